@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
 from openpulid.bench.measurement import append_measurement, describe_measurement
-from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
+from openpulid.identity.eva_clip import normalize_for_clip
 from openpulid.methods.photomaker.photomaker import PhotoMaker
 from openpulid.mini.data import load_faces
 from openpulid.mini.evaluation.value_probe import ValueRegression, explained_variance
@@ -34,11 +34,10 @@ def compute(
     clip: CLIPVisionModelWithProjection, method: PhotoMaker, data: WorldDataset, rows: np.ndarray
 ) -> tuple[Outputs, Tensor]:
     """Return output -> (N, D), and the facial values (N, V)."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     parts: dict[str, list[Tensor]] = {}
     for chunk in np.array_split(rows, -(-len(rows) // 128)):
         images, _, _ = load_faces(data, chunk, torch.device("cpu"))
-        pixels = (images - mean) / std
+        pixels = normalize_for_clip(images)
         states = method.encoder.vision_model(pixel_values=pixels).last_hidden_state
         outputs = {
             "class token of CLIP": clip.vision_model(pixel_values=pixels).last_hidden_state[:, 0],

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import nn
 from torchvision.models import alexnet
 from transformers import CLIPConfig, CLIPModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from openpulid.bench import metrics
 from openpulid.bench import scorers as photo_scorers
@@ -217,9 +218,7 @@ def test_clip_matches_transformers(tmp_path: Path) -> None:
     words.save_pretrained(tmp_path)
     images, texts = photo_scorers.load_clip(tmp_path, CPU)
     shown, prompts = torch.rand(2, 3, 32, 32), ["portrait", "a person"]
-    mean, std = (
-        torch.tensor(x)[:, None, None] for x in (photo_scorers.CLIP_MEAN, photo_scorers.CLIP_STD)
-    )
+    mean, std = (torch.tensor(x)[:, None, None] for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     with torch.no_grad():
         tokens = words(prompts, padding=True, return_tensors="pt")
         both = model(

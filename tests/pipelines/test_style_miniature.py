@@ -11,7 +11,6 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
 from openpulid.io.image_grid import to_pil
 from openpulid.methods.ip_adapter import read_parts
 from openpulid.mini.train.baselines.ip_adapter import style as create_adapter
@@ -74,7 +73,7 @@ def studio(weights: Path, untrained: Path) -> Studio:
 def diffusers_style(studio: Studio, weights: Path, image: Path, scale: float) -> np.ndarray:
     """Generate with diffusers alone, with the image processor of transformers."""
     encoder = CLIPVisionModelWithProjection.from_pretrained(weights / "clip").float()
-    processor = CLIPImageProcessor(size=96, crop_size=96, image_mean=CLIP_MEAN, image_std=CLIP_STD)
+    processor = CLIPImageProcessor(size=96, crop_size=96)
     pipe = studio.pipe
     values = processor(Image.open(image), return_tensors="pt").pixel_values
     with torch.no_grad():

@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from timm.data import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
+from torchvision.transforms import Normalize
 
 from openpulid.bench import metrics
 from openpulid.bench.metrics import FID, EmbedImages, EmbedTexts, Faces, Metric
@@ -21,13 +28,10 @@ from openpulid.faces.arcface import ARCFACE_CROP, ARCFACE_TEMPLATE
 from openpulid.faces.face import Face, first_usable
 from openpulid.faces.photo_detector import PhotoDetector, load_photo_detector
 from openpulid.faces.sface import SFaceRecognition
-from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
 from openpulid.io.checkpoints import read_tensors
 from openpulid.io.hub import locate
 from openpulid.io.networks import load_network
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 BATCH_SIZE = 8
 
 RECOGNITION_WEIGHTS: Mapping[Recognition, tuple[str, ...]] = {
@@ -240,7 +244,8 @@ def load_clip(folder: Path, device: torch.device) -> tuple[EmbedImages, EmbedTex
         return model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
 
     size = model.config.vision_config.image_size
-    return image_embedder(embed_pixels, size, CLIP_MEAN, CLIP_STD, device), embed_texts
+    normalize = Normalize(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+    return image_embedder(embed_pixels, size, normalize, device), embed_texts
 
 
 def load_dino(path: Path, device: torch.device) -> EmbedImages:
@@ -258,7 +263,8 @@ def load_dino(path: Path, device: torch.device) -> EmbedImages:
         model.load_state_dict(read_tensors(path))
     except RuntimeError as error:
         raise WeightsError(f"{path} is not DINO's ViT-S/16: {error}") from error
-    return image_embedder(model.eval().to(device), 224, IMAGENET_MEAN, IMAGENET_STD, device)
+    normalize = Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    return image_embedder(model.eval().to(device), 224, normalize, device)
 
 
 def load_lpips(path: Path, device: torch.device) -> Distance:
@@ -326,8 +332,7 @@ def load_inception(path: Path, device: torch.device) -> EmbedImages:
 def image_embedder(
     network: Callable[[Tensor], Tensor],
     size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
+    normalize: Normalize,
     device: torch.device,
 ) -> EmbedImages:
     """Return a function that resizes, normalizes and embeds images in small batches.
@@ -335,8 +340,7 @@ def image_embedder(
     Args:
         network: (B, 3, size, size), normalized -> (B, D).
         size: input size of the network in pixels.
-        mean: mean of each channel.
-        std: standard deviation of each channel.
+        normalize: with the network's mean and standard deviation of each channel.
         device: device of the network.
     """
 
@@ -345,10 +349,8 @@ def image_embedder(
         embeddings = []
         for batch in images.split(BATCH_SIZE):
             resized = interpolate(batch.float(), (size, size), mode="bicubic", antialias=True)
-            pixels = resized.clamp(0, 1).to(device)
-            shift = pixels.new_tensor(mean)[:, None, None]
-            scale = pixels.new_tensor(std)[:, None, None]
-            embeddings.append(network((pixels - shift) / scale).float().cpu())
+            pixels = normalize(resized.clamp(0, 1).to(device))
+            embeddings.append(network(pixels).float().cpu())
         return torch.cat(embeddings)
 
     return embed

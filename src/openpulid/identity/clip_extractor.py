@@ -25,7 +25,7 @@ from openpulid.faces.arcface import (
 )
 from openpulid.faces.face import Face, require_landmarks
 from openpulid.identity.detection import FaceDetection, MiniFaceDetection, PhotoFaceDetection
-from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
+from openpulid.identity.eva_clip import normalize_for_clip
 from openpulid.identity.identity import Identity, hash_models
 from openpulid.io.checkpoints import read_tensors
 
@@ -178,8 +178,7 @@ def encode_clip(
     Returns:
         The embedding (1, E), and the states (1, 1 + N, D) of the image and of an empty one.
     """
-    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    pixels = ((image.cpu() - mean) / std)[None].to(encoder.device, encoder.dtype)
+    pixels = normalize_for_clip(image.cpu())[None].to(encoder.device, encoder.dtype)
     # an empty image is zero after normalization, as in diffusers
     batch = torch.cat([pixels, torch.zeros_like(pixels)])
     output = encoder(batch, output_hidden_states=True)

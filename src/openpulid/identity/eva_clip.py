@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.models.eva import Eva, checkpoint_filter_fn
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
+from torchvision.transforms import Normalize
 
 from openpulid.errors import WeightsError
 from openpulid.io.checkpoints import read_tensors
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 LEVELS = 5
 PREFIX = "visual."
 """Prefix of the vision encoder in the names of the published file."""
@@ -147,8 +147,7 @@ class VisionEncoder(nn.Module):
         if images.shape[-2:] != (self.img_size, self.img_size):
             size = (self.img_size, self.img_size)
             images = interpolate(images, size, mode="bicubic", antialias=True)
-        mean, std = (images.new_tensor(x)[:, None, None] for x in (CLIP_MEAN, CLIP_STD))
-        return (images - mean) / std
+        return normalize_for_clip(images)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return embedding and hidden states.
@@ -167,3 +166,9 @@ class VisionEncoder(nn.Module):
         )
         hidden = [torch.cat([prefix, patches], dim=1) for patches, prefix in levels]
         return normalize(self.visual.forward_head(last).float(), dim=-1), hidden
+
+
+def normalize_for_clip(images: Tensor) -> Tensor:
+    """Normalize images (..., 3, H, W) in [0, 1] by CLIP's mean and standard deviation."""
+    pixels: Tensor = Normalize(OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)(images)
+    return pixels

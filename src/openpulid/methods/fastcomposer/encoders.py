@@ -11,13 +11,12 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, pad
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from openpulid.identity.clip_extractor import clip_config
-from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
+from openpulid.identity.eva_clip import normalize_for_clip
 from openpulid.io.checkpoints import explain_bad_weights, load_state, read_tensors
 from openpulid.methods.photomaker.encoders import FuseModule, read_vision_config
 
@@ -103,6 +102,5 @@ class FastComposerEncoder(nn.Module):
         square = pad(images, (left, side - width - left, top, side - height - top))
         size = self.image_encoder.config.image_size
         resized = interpolate(square, (size, size), mode="bilinear", antialias=True)
-        mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-        pixels = (resized - mean.to(resized)) / std.to(resized)
+        pixels = normalize_for_clip(resized)
         return self.encode(self.image_encoder(pixels, output_hidden_states=True).hidden_states[-1])

@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 
+from openpulid.identity.eva_clip import normalize_for_clip
 from openpulid.identity.extractor import FaceEmbeddingExtractor
 from openpulid.mini.data import FaceFeatures, Latents, cache_folder, load_faces
 from openpulid.mini.train.baselines import FEATURES, Baseline, Features
 from openpulid.mini.train.build_context import PORTRAITS, BuildContext
-from openpulid.mini.train.clip import normalize_for_clip
 from openpulid.mini.train.clip_stages import CLIP_FACES
 from openpulid.mini.train.face_latent_data import FaceLatentRows, load_directions
 from openpulid.mini.train.portraits import Portraits, load_features

@@ -25,7 +25,7 @@ from transformers import (
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from openpulid.faces.augment import degrade
-from openpulid.identity.eva_clip import CLIP_MEAN, CLIP_STD
+from openpulid.identity.eva_clip import normalize_for_clip
 from openpulid.io.image_grid import captioned_grid, to_pil
 from openpulid.mini.data import Captions, load_faces, token_ids
 from openpulid.mini.train.attribute_classifier import AttributeHeads, attribute_loss
@@ -224,12 +224,6 @@ def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor) -> Tensor:
         logits = scale * normalize(images.float()) @ normalize(texts.float()).T
         targets = torch.arange(len(logits), device=logits.device)
         return (cross_entropy(logits, targets) + cross_entropy(logits.T, targets)) / 2
-
-
-def normalize_for_clip(images: Tensor) -> Tensor:
-    """Normalize images (B, 3, S, S) in [0, 1] by CLIP's mean and standard deviation."""
-    mean, std = (images.new_tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-    return (images - mean) / std
 
 
 @torch.no_grad()

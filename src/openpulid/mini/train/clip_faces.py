@@ -17,8 +17,9 @@ from torch.nn.functional import smooth_l1_loss
 from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from openpulid.faces.augment import degrade
+from openpulid.identity.eva_clip import normalize_for_clip
 from openpulid.mini.data import Captions, batches, load_faces
-from openpulid.mini.train.clip import contrastive_loss, embed_texts, normalize_for_clip
+from openpulid.mini.train.clip import contrastive_loss, embed_texts
 from openpulid.mini.train.recognition import FACIAL_COLUMNS, MarginHead, ValueHead
 from openpulid.training import StepRNG, generator_for
 from openpulid.world import WorldDataset

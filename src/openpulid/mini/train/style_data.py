@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openpulid.identity.eva_clip import normalize_for_clip
 from openpulid.mini.data import load_faces
 from openpulid.mini.train.build_context import BuildContext
-from openpulid.mini.train.clip import normalize_for_clip
 from openpulid.mini.train.portraits import Portraits
 from openpulid.training import StepRNG
 from openpulid.world import ATTRIBUTES, WorldDataset, remove_look

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from openpulid.diffusion.flow_schedule import FlowSchedule
+from openpulid.training.pulid.attention_capture import AttentionCapture
 from openpulid.training.pulid.models import AttentionQK
 
 PATCH = 2
@@ -158,19 +159,20 @@ class FluxModel:
         must compute what it computed before. Queries and keys are rotated to their positions.
         """
         attention: list[AttentionQK] = []
-        captures: list[_BlockCapture] = []
-        double = [(block.attn, True) for block in self.transformer.transformer_blocks]
-        single = [(block.attn, False) for block in self.transformer.single_transformer_blocks]
+        captures: list[AttentionCapture] = []
+        # the text has keys of its own in a double block
+        double = [(block.attn, "norm_added_k") for block in self.transformer.transformer_blocks]
+        single = [(block.attn, "norm_k") for block in self.transformer.single_transformer_blocks]
         with ExitStack() as stack:
-            for attn, is_double in double + single:
-                captures.append(_BlockCapture(is_double))
+            for attn, key_norm in double + single:
+                captures.append(AttentionCapture("image_rotary_emb", key_norm))
                 captures[-1].register(attn, stack)
             yield attention
-        num_calls = len(captures[0].calls)
-        for call in range(num_calls):
+        for call in range(len(captures[0].calls)):
             # a single block has the text first; its length is that of a double block's keys
-            num_text = captures[0].calls[call].key.shape[1]
-            attention += [capture.calls[call].pair(num_text) for capture in captures]
+            _, _, text_keys = captures[0].calls[call]
+            num_text = text_keys.shape[1]
+            attention += [_rotate_pair(*capture.calls[call], num_text) for capture in captures]
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -186,65 +188,24 @@ class FluxModel:
         return images.float() / 2 + 0.5
 
 
-@dataclass
-class _BlockCall:
-    """What one call of a block's attention computed.
+def _rotate_pair(
+    rotation: tuple[Tensor, Tensor], query: Tensor, key: Tensor, num_text: int
+) -> AttentionQK:
+    """Select and rotate the image's queries and the text's keys of a block.
 
-    Attributes:
+    Args:
         rotation: cosine and sine of all tokens, text first, (T + L, d).
         query: (B, L or T + L, heads, d).
         key: (B, T or T + L, heads, d).
+        num_text: T.
     """
-
-    rotation: tuple[Tensor, Tensor]
-    query: Tensor
-    key: Tensor
-
-    def pair(self, num_text: int) -> AttentionQK:
-        """Return the image's queries and the text's keys, both rotated."""
-        cos, sin = self.rotation
-        num_image = len(cos) - num_text
-        query = apply_rotary_emb(
-            self.query[:, -num_image:], (cos[num_text:], sin[num_text:]), sequence_dim=1
-        )
-        key = apply_rotary_emb(
-            self.key[:, :num_text], (cos[:num_text], sin[:num_text]), sequence_dim=1
-        )
-        return AttentionQK(query.transpose(1, 2), key.transpose(1, 2))
-
-
-class _BlockCapture:
-    """Hooks on the attention of one block.
-
-    Attributes:
-        is_double: whether the text has keys of its own.
-        calls: of the block.
-    """
-
-    def __init__(self, is_double: bool) -> None:
-        self.is_double = is_double
-        self.calls: list[_BlockCall] = []
-        self._rotation: tuple[Tensor, Tensor]
-        self._query: Tensor
-
-    def register(self, attn: Any, stack: ExitStack) -> None:
-        """Register the hooks until the stack is closed. The keys are computed after the queries."""
-        key_norm = attn.norm_added_k if self.is_double else attn.norm_k
-        for handle in (
-            attn.register_forward_pre_hook(self._store_rotation, with_kwargs=True),
-            attn.norm_q.register_forward_hook(self._store_query),
-            key_norm.register_forward_hook(self._store_call),
-        ):
-            stack.callback(handle.remove)
-
-    def _store_rotation(self, attn: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        self._rotation = kwargs["image_rotary_emb"]
-
-    def _store_query(self, norm: Any, args: Any, query: Tensor) -> None:
-        self._query = query
-
-    def _store_call(self, norm: Any, args: Any, key: Tensor) -> None:
-        self.calls.append(_BlockCall(self._rotation, self._query, key))
+    cos, sin = rotation
+    num_image = len(cos) - num_text
+    query = apply_rotary_emb(
+        query[:, -num_image:], (cos[num_text:], sin[num_text:]), sequence_dim=1
+    )
+    key = apply_rotary_emb(key[:, :num_text], (cos[:num_text], sin[:num_text]), sequence_dim=1)
+    return AttentionQK(query.transpose(1, 2), key.transpose(1, 2))
 
 
 def predict_velocity(

@@ -19,11 +19,8 @@ from openpulid.training.pulid.flux2_model import Flux2Model
 from openpulid.training.pulid.flux_model import FluxModel
 from openpulid.training.pulid.models import BaseModel, SDXLModel
 from openpulid.training.pulid.qwen_image_model import QwenImageModel
-from openpulid.training.pulid.recipe import Recipe
+from openpulid.training.pulid.recipe import DEFAULT_PIXELS, Recipe
 from openpulid.training.pulid.z_image_model import ZImageModel
-
-FLUX_PIXELS = 1024
-"""Width of FLUX's own images."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +48,14 @@ def _sdxl_presets(recipe: Recipe, base: str | None, few_step_models: Sequence[st
 
 
 def _flux_presets(recipe: Recipe, base: str | None, few_step_models: Sequence[str]) -> list[Preset]:
-    presets = [flux(base or "flux-dev")]
-    if recipe.few_step_batch and recipe.id_loss != "naive":
-        schnell = flux_schnell()
-        presets += [schnell.with_models(pipeline=name) for name in few_step_models] or [schnell]
-    return presets
+    return [flux(base or "flux-dev"), *_rollout_presets(recipe, flux_schnell(), few_step_models)]
 
 
 def _klein_presets(
     recipe: Recipe, base: str | None, few_step_models: Sequence[str]
 ) -> list[Preset]:
-    presets = [flux2_klein(base or "flux2-klein-base").with_models(is_distilled=None)]
-    if recipe.few_step_batch and recipe.id_loss != "naive":
-        distilled = flux2_klein()
-        presets += [distilled.with_models(pipeline=name) for name in few_step_models] or [distilled]
-    return presets
+    klein = flux2_klein(base or "flux2-klein-base").with_models(is_distilled=None)
+    return [klein, *_rollout_presets(recipe, flux2_klein(), few_step_models)]
 
 
 def _z_image_presets(
@@ -83,6 +73,15 @@ def _qwen_image_presets(
 ) -> list[Preset]:
     """Return the model set of Qwen-Image, with FLUX's face models."""
     return [_without_preset(base or "qwen-image-base", "qwen-image", "qwen_image_stage1")]
+
+
+def _rollout_presets(
+    recipe: Recipe, default: Preset, few_step_models: Sequence[str]
+) -> list[Preset]:
+    """Return the model sets of the lightning branch, if the recipe has one."""
+    if not recipe.few_step_batch or recipe.id_loss == "naive":
+        return []
+    return [default.with_models(pipeline=name) for name in few_step_models] or [default]
 
 
 def _without_preset(pipeline: str, family: str, recipe: str) -> Preset:
@@ -103,14 +102,7 @@ def _flux_models(recipe: Recipe, pipes: Sequence[Any]) -> list[FluxModel]:
     _share_parts(base, few_step, ("text_encoder", "text_encoder_2", "vae"))
     guidance = [recipe.guidance_embedding] + [recipe.few_step_guidance_embedding] * len(few_step)
     return [
-        FluxModel(
-            pipe,
-            recipe.pixels or FLUX_PIXELS,
-            value,
-            recipe.text_tokens,
-            recipe.logit_mean,
-            recipe.logit_std,
-        )
+        FluxModel(pipe, guidance=value, **_flow_options(recipe))
         for pipe, value in zip(pipes, guidance, strict=True)
     ]
 
@@ -119,16 +111,11 @@ def _klein_models(recipe: Recipe, pipes: Sequence[Any]) -> list[Flux2Model]:
     """Create the models; those of the lightning branch have the schedule of its few steps."""
     base, *few_step = pipes
     _share_parts(base, few_step, ("text_encoder", "vae"))
-    options: dict[str, Any] = {
-        "max_sequence_length": recipe.text_tokens,
-        "logit_mean": recipe.logit_mean,
-        "logit_std": recipe.logit_std,
-    }
-    pixels = recipe.pixels or FLUX_PIXELS
-    models = [Flux2Model(base, pixels, guidance=recipe.guidance_embedding, **options)]
+    options = _flow_options(recipe)
+    models = [Flux2Model(base, guidance=recipe.guidance_embedding, **options)]
     for pipe in few_step:
         value = recipe.few_step_guidance_embedding
-        models.append(Flux2Model(pipe, pixels, recipe.rollout_steps, guidance=value, **options))
+        models.append(Flux2Model(pipe, num_steps=recipe.rollout_steps, guidance=value, **options))
     return models
 
 
@@ -144,9 +131,9 @@ def _qwen_image_models(recipe: Recipe, pipes: Sequence[Any]) -> list[QwenImageMo
 
 
 def _flow_options(recipe: Recipe) -> dict[str, Any]:
-    """Return the options of a flow model without guidance embedding."""
+    """Return the options that every flow model takes."""
     return {
-        "pixels": recipe.pixels or FLUX_PIXELS,
+        "pixels": recipe.pixels or DEFAULT_PIXELS,
         "max_sequence_length": recipe.text_tokens,
         "logit_mean": recipe.logit_mean,
         "logit_std": recipe.logit_std,

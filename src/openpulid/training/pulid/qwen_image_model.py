@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from openpulid.training.pulid.attention_capture import AttentionCapture, rotate
 from openpulid.training.pulid.flux_model import PATCH, FluxModel
 from openpulid.training.pulid.models import AttentionQK
-from openpulid.training.pulid.z_image_model import rotate
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ class QwenImageModel(FluxModel):
         As in `FluxModel`. The keys include those of padding.
         """
         attention: list[AttentionQK] = []
-        captures = [_BlockCapture() for _ in self.blocks]
+        captures = [AttentionCapture("image_rotary_emb", "norm_added_k") for _ in self.blocks]
         with ExitStack() as stack:
             for capture, block in zip(captures, self.blocks, strict=True):
                 capture.register(block.attn, stack)
             yield attention
         for call in range(len(captures[0].calls)):
-            attention += [capture.pair(call) for capture in captures]
+            attention += [_rotate_pair(*capture.calls[call]) for capture in captures]
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -113,39 +113,14 @@ class QwenImageModel(FluxModel):
         return mean[:, None, None], std[:, None, None]
 
 
-class _BlockCapture:
-    """Hooks on the attention of one block.
+def _rotate_pair(rotation: tuple[Tensor, Tensor], query: Tensor, key: Tensor) -> AttentionQK:
+    """Rotate the image's queries and the text's keys of a block.
 
-    Attributes:
-        calls: of each call the rotations of image and text, (L, d / 2) and (T, d / 2), complex, the
-            image's queries (B, L, heads, d) and the text's keys (B, T, heads, d).
+    Args:
+        rotation: of the image and of the text, (L, d / 2) and (T, d / 2), complex.
+        query: (B, L, heads, d).
+        key: (B, T, heads, d).
     """
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[tuple[Tensor, Tensor], Tensor, Tensor]] = []
-        self._rotation: tuple[Tensor, Tensor]
-        self._query: Tensor
-
-    def register(self, attn: Any, stack: ExitStack) -> None:
-        """Register the hooks until the stack is closed. The keys are computed after the queries."""
-        for handle in (
-            attn.register_forward_pre_hook(self._store_rotation, with_kwargs=True),
-            attn.norm_q.register_forward_hook(self._store_query),
-            attn.norm_added_k.register_forward_hook(self._store_call),
-        ):
-            stack.callback(handle.remove)
-
-    def pair(self, call: int) -> AttentionQK:
-        """Return the image's queries and the text's keys of a call, both rotated."""
-        (image, text), query, key = self.calls[call]
-        query = rotate(query, image[None])
-        return AttentionQK(query.transpose(1, 2), rotate(key, text[None]).transpose(1, 2))
-
-    def _store_rotation(self, attn: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        self._rotation = kwargs["image_rotary_emb"]
-
-    def _store_query(self, norm: Any, args: Any, query: Tensor) -> None:
-        self._query = query
-
-    def _store_call(self, norm: Any, args: Any, key: Tensor) -> None:
-        self.calls.append((self._rotation, self._query, key))
+    image, text = rotation
+    query = rotate(query, image[None])
+    return AttentionQK(query.transpose(1, 2), rotate(key, text[None]).transpose(1, 2))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from openpulid.training.pulid.attention_capture import AttentionCapture, rotate
 from openpulid.training.pulid.flux_model import PATCH, FluxModel
 from openpulid.training.pulid.models import AttentionQK
 
@@ -89,7 +90,7 @@ class ZImageModel(FluxModel):
         """
         attention: list[AttentionQK] = []
         lengths: list[tuple[int, int]] = []
-        captures = [_LayerCapture() for _ in self.transformer.layers]
+        captures = [AttentionCapture("freqs_cis", "norm_k") for _ in self.transformer.layers]
 
         def store_lengths(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
             frames, _, texts = args
@@ -104,51 +105,25 @@ class ZImageModel(FluxModel):
                 capture.register(layer.attention, stack)
             yield attention
         for call, (num_image, num_text) in enumerate(lengths):
-            attention += [capture.pair(call, num_image, num_text) for capture in captures]
+            attention += [
+                _rotate_pair(*capture.calls[call], num_image, num_text) for capture in captures
+            ]
 
 
-class _LayerCapture:
-    """Hooks on the attention of one block.
+def _rotate_pair(
+    rotation: Tensor, query: Tensor, key: Tensor, num_image: int, num_text: int
+) -> AttentionQK:
+    """Select and rotate the image's queries and the text's keys of a block.
 
-    Attributes:
-        calls: of each call the rotation (B, S, d / 2) of all tokens, complex, and queries and keys
-            (B, S, heads, d).
+    Args:
+        rotation: of all tokens, (B, S, d / 2), complex.
+        query: of all tokens, (B, S, heads, d).
+        key: as the queries.
+        num_image: tokens of the image without padding.
+        num_text: tokens of the text without padding.
     """
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
-        self._rotation: Tensor
-        self._query: Tensor
-
-    def register(self, attn: Any, stack: ExitStack) -> None:
-        """Register the hooks until the stack is closed. The keys are computed after the queries."""
-        for handle in (
-            attn.register_forward_pre_hook(self._store_rotation, with_kwargs=True),
-            attn.norm_q.register_forward_hook(self._store_query),
-            attn.norm_k.register_forward_hook(self._store_call),
-        ):
-            stack.callback(handle.remove)
-
-    def pair(self, call: int, num_image: int, num_text: int) -> AttentionQK:
-        """Return the image's queries and the text's keys of a call, both rotated."""
-        rotation, query, key = self.calls[call]
-        first = -(-num_image // MULTIPLE) * MULTIPLE  # the text begins after the padding
-        text = slice(first, first + num_text)
-        query = rotate(query[:, :num_image], rotation[:, :num_image])
-        key = rotate(key[:, text], rotation[:, text])
-        return AttentionQK(query.transpose(1, 2), key.transpose(1, 2))
-
-    def _store_rotation(self, attn: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        self._rotation = kwargs["freqs_cis"]
-
-    def _store_query(self, norm: Any, args: Any, query: Tensor) -> None:
-        self._query = query
-
-    def _store_call(self, norm: Any, args: Any, key: Tensor) -> None:
-        self.calls.append((self._rotation, self._query, key))
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate pairs of features (B, S, heads, d) by unit numbers (B, S, d / 2)."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * rotation.unsqueeze(2)).flatten(3).type_as(x)
+    first = -(-num_image // MULTIPLE) * MULTIPLE  # the text begins after the padding
+    text = slice(first, first + num_text)
+    query = rotate(query[:, :num_image], rotation[:, :num_image])
+    key = rotate(key[:, text], rotation[:, text])
+    return AttentionQK(query.transpose(1, 2), key.transpose(1, 2))
