@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
-from openpulid.errors import PulidError, WeightsError, is_out_of_memory
+from openpulid.errors import PulidError, WeightsError, first_line, is_out_of_memory
 from openpulid.io.checkpoints import load_in_parts, read_names
 
 logger = logging.getLogger(__name__)
@@ -407,7 +407,7 @@ def describe_load_errors(path: Path, fix: str = "copy or build it again") -> Ite
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if isinstance(error, (AttributeError, TypeError, AssertionError)):
             import diffusers
             import transformers
