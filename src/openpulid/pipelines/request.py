@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import (
@@ -302,13 +302,6 @@ class GenerationRequest(GenerationOptions):
     def without_people(self) -> GenerationRequest:
         """Return the request of the same images without identity."""
         return self.model_copy(update={"people": (), "identity": IdentityOptions()})
-
-    def input_files(self) -> Iterator[tuple[str, str]]:
-        """Yield the path of every field that can name a file, and what it names.
-
-        The presets and published weights among them are names, not files.
-        """
-        return self.list_files()
 
     def with_files(self, files: Mapping[str, str | os.PathLike[str]]) -> GenerationRequest:
         """Return the request with other input files.
