@@ -17,6 +17,7 @@ from openpulid.errors import (
     WeightsError,
     explain_missing_library,
     explain_out_of_memory,
+    first_line,
     is_out_of_memory,
     suggest,
 )
@@ -121,6 +122,20 @@ def test_photo_models_without_libgl(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_other_import_errors_pass() -> None:
     with pytest.raises(ModuleNotFoundError), explain_missing_library():
         importlib.import_module("no_such_module")
+
+
+@pytest.mark.parametrize(
+    ("message", "line"),
+    [
+        ("", "ValueError"),
+        (" \n", "ValueError"),
+        ("...", "ValueError"),
+        ("is cut short.", "is cut short"),
+        ("\n is cut short.\r\nat byte 7.", "is cut short"),
+    ],
+)
+def test_first_line_of_an_error(message: str, line: str) -> None:
+    assert first_line(ValueError(message)) == line
 
 
 @pytest.mark.parametrize(

@@ -190,6 +190,12 @@ def _normalize(name: str) -> str:
     return "".join(character for character in name.lower() if character not in " -_")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message without its period, or the error's class."""
+    lines = str(error).strip().splitlines()
+    return (lines[0].strip().rstrip(".") if lines else "") or type(error).__name__
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of any library, or its cause, reports that memory does not suffice."""
     if isinstance(error, PulidError):

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, first_line
 
 LOCAL = "local"
 """The address that starts Ray on this machine."""
@@ -105,5 +105,5 @@ def connect_ray(
 
 
 def _not_reached(address: str, option: str, error: Exception) -> OptionError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     return OptionError(f"{option} {address}: the cluster cannot be reached ({reason}).")

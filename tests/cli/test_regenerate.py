@@ -293,40 +293,6 @@ def test_parameters_are_found_in_images_of_other_programs(
     assert (tmp_path / "again" / image.name).read_bytes() == original
 
 
-def test_image_of_version_0_1_is_regenerated(
-    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path
-) -> None:
-    image = Path(__file__).parents[1] / "data" / "text-after-pixels.png"
-    done = pulid("generate", "--from", image, "-o", tmp_path)
-    assert done.code == 0 and done.out == f"{tmp_path / 'portrait-of-a-person-0.png'}\n", done.err
-    (request,) = studio.requests
-    assert (request.width, request.height, request.num_inference_steps) == (96, 96, 4)
-    assert (request.negative_prompt, request.guidance_scale) == ("", 1.0)
-    assert request.model == ModelSelection(preset="mini-lightning") and request.people == ()
-    old = json.loads(read_metadata(image))
-    files = {"id": "/home/anna.safetensors", "mask": "/home/mask.png"}
-    write_text(tmp_path / "old.png", json.dumps(old | files | {"scale": 0.5}))
-    refused = pulid("generate", "--from", tmp_path / "old.png")
-    assert refused.is_one_sentence
-    assert "generated with anna.safetensors and mask.png; pass --id and --mask" in refused.err
-    write_text(tmp_path / "old.png", json.dumps(old | {"id": "anna.png", "face": 1, "scale": 0.5}))
-    done = pulid("generate", "--from", tmp_path / "old.png", "--id", anna, "-o", tmp_path)
-    assert done.code == 0, done.err
-    assert studio.requests[1].people == (Person(images=[anna], face_index=1),)
-    assert studio.requests[1].identity.scale == 0.5
-    for change in (
-        {"id": True},
-        {"size": 3},
-        {"size": f"{'9' * 5000}x9"},
-        {"size": "x" * 10**5},
-        {"steps": 10**9},
-        {"prompt": 1},
-    ):
-        write_text(tmp_path / "bad.png", json.dumps(old | change))
-        done = pulid("generate", "--from", tmp_path / "bad.png", "-o", tmp_path)
-        assert done.code in (0, 2) and len(done.err) < 1000
-
-
 def test_damaged_files_are_one_sentence(pulid: Run, studio: FakeStudio, tmp_path: Path) -> None:
     pulid("generate", "portrait", "-o", tmp_path)
     data = (tmp_path / "portrait-0.png").read_bytes()

@@ -81,3 +81,12 @@ def test_folder_without_a_model_is_one_sentence(tmp_path) -> None:
         Captioner.load(str(tmp_path), "cpu")
     with pytest.raises(WeightsError, match="`pulid weights get"):
         Captioner.load("owner/model", "cpu")
+
+
+def test_failure_without_a_message_is_named_by_its_class(tmp_path, monkeypatch) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ValueError
+
+    monkeypatch.setattr("transformers.pipeline", fail)
+    with pytest.raises(WeightsError, match=r"as a captioner \(ValueError\); name"):
+        Captioner.load(str(tmp_path), "cpu")

@@ -8,7 +8,7 @@ from typing import Any
 
 from openpulid.bench.generate import Executor, Worker
 from openpulid.bench.run_dir import Job
-from openpulid.errors import OptionError, PulidError
+from openpulid.errors import OptionError, PulidError, first_line
 from openpulid.ray_session import LOCAL, connect_ray
 
 
@@ -66,7 +66,7 @@ def ray_executor(build_worker: Callable[[], Worker], workers: str) -> Executor:
                 raise error.cause from None
             raise
         except RayError as error:
-            reason = str(error).strip().split("\n")[0]
+            reason = first_line(error)
             raise OptionError(
                 f"a worker ended unexpectedly ({reason}); run the same command again, finished "
                 "images are not generated again."

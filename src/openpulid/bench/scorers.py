@@ -28,7 +28,7 @@ from openpulid.faces.arcface import ARCFACE_CROP, ARCFACE_TEMPLATE
 from openpulid.faces.face import Face, first_usable
 from openpulid.faces.photo_detector import PhotoDetector, load_photo_detector
 from openpulid.faces.sface import SFaceRecognition
-from openpulid.io.checkpoints import read_tensors
+from openpulid.io.checkpoints import load_state, read_tensors
 from openpulid.io.hub import locate
 from openpulid.io.networks import load_network
 
@@ -210,10 +210,7 @@ def load_curricular_face(path: Path) -> nn.Module:
 
     network = Backbone(num_layers=100, drop_ratio=0.4, mode="ir")
     network.output_layer[4] = nn.BatchNorm1d(512, affine=False)
-    try:
-        network.load_state_dict(read_tensors(path))
-    except RuntimeError as error:
-        raise WeightsError(f"{path} is not CurricularFace's backbone: {error}") from error
+    load_state(network, read_tensors(path), f"{path} is not CurricularFace's backbone")
     return network
 
 
@@ -256,13 +253,8 @@ def load_dino(path: Path, device: torch.device) -> EmbedImages:
     """
     import timm
 
-    try:
-        model = timm.create_model(
-            "vit_small_patch16_224.dino", num_classes=0, dynamic_img_size=True
-        )
-        model.load_state_dict(read_tensors(path))
-    except RuntimeError as error:
-        raise WeightsError(f"{path} is not DINO's ViT-S/16: {error}") from error
+    model = timm.create_model("vit_small_patch16_224.dino", num_classes=0, dynamic_img_size=True)
+    load_state(model, read_tensors(path), f"{path} is not DINO's ViT-S/16")
     normalize = Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     return image_embedder(model.eval().to(device), 224, normalize, device)
 
@@ -287,10 +279,7 @@ def load_lpips(path: Path, device: torch.device) -> Distance:
     for name, _ in model.net.named_parameters():
         layer = name.split(".", 1)[1]
         state[name] = tensors.get(f"features.{layer}", torch.empty(0))
-    try:
-        model.net.load_state_dict(state)
-    except RuntimeError as error:
-        raise WeightsError(f"{path} is not torchvision's AlexNet: {error}") from error
+    load_state(model.net, state, f"{path} is not torchvision's AlexNet")
     model = model.eval().to(device)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from openpulid.device import training_dtype
-from openpulid.errors import WeightsError
+from openpulid.errors import WeightsError, first_line
 from openpulid.io.loggers import silence_warnings
 from openpulid.pipelines.weights import resolve_path
 
@@ -61,7 +61,7 @@ class Captioner:
                     dtype=training_dtype(device),
                 )
         except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise WeightsError(
                 f"{name} cannot be used as a captioner ({reason}); name a vision-language model "
                 "of transformers, such as blip2."

@@ -13,7 +13,7 @@ from PIL import Image
 from openpulid.data.index import INDEX_FILE
 from openpulid.data.records import KEPT
 from openpulid.data.shards import HELD_OUT, TRAIN
-from openpulid.errors import OptionError, TrainingError
+from openpulid.errors import OptionError, TrainingError, first_line
 from openpulid.io.images import open_image
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def _read_columns(folder: str, file_system: AbstractFileSystem, root: str, split
             "it last."
         ) from None
     except (OSError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise TrainingError(f"{folder}/{INDEX_FILE} cannot be read ({reason}).") from None
     is_used = pc.and_(pc.equal(table["decision"], KEPT), pc.equal(table["split"], split))
     return table.filter(is_used).sort_by([("file", "ascending"), ("offset", "ascending")])

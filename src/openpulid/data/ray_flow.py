@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from openpulid.errors import PulidError
+from openpulid.errors import PulidError, first_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -74,7 +74,7 @@ def run_flow(tables: Sequence[pyarrow.Table], operator: Operator) -> Iterator[py
             raise error.cause from None
         raise
     except RayError as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise PulidError(
             f"a worker ended unexpectedly ({reason}); run the same command again, finished batches "
             "are not repeated."

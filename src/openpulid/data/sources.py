@@ -17,7 +17,7 @@ from openpulid.data.captioned_images import (
     find_archived_images,
     find_captioned_images,
 )
-from openpulid.errors import OptionError, TrainingError, escape_unprintable
+from openpulid.errors import OptionError, TrainingError, escape_unprintable, first_line
 from openpulid.io.tar_members import TarMember
 from openpulid.io.text import decode_text
 
@@ -210,7 +210,7 @@ def _list_rows(path: Path, label: str) -> Iterator[SourceImage]:
     try:
         table = _open_table(str(path), modified)
     except (OSError, pyarrow.ArrowException) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise TrainingError(f"{path} cannot be read as a parquet file ({reason}).") from None
     names = table.schema_arrow.names
     if _find_column(names, IMAGE_COLUMNS) is None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+from openpulid.errors import first_line
+
 CHECKS = ("packages", "devices", "providers", "presets", "storage", "miniature")
 """Modules of this package, each with a function `check`.
 
@@ -82,5 +84,4 @@ def run_check(name: str) -> Section:
 
 def describe_error(error: BaseException) -> str:
     """Return the first line of an error's message, as a sentence."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".") + "."
+    return first_line(error) + "."

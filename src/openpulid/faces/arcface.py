@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
-from openpulid.errors import WeightsError, explain_missing_library
+from openpulid.errors import explain_missing_library
 from openpulid.faces.align import compose_affine, similarity_transform, warp_images
 from openpulid.faces.augment import sample_jitter, vary_face
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.face import Face, first_usable, require_landmarks
 from openpulid.faces.insightface_pack import load_onnx_model, to_uint8
 from openpulid.faces.photo_detector import PhotoDetector
-from openpulid.io.checkpoints import read_tensors
+from openpulid.io.checkpoints import load_state, read_tensors
 
 ARCFACE_CROP = 112
 """Width and height of the input of ArcFace in pixels."""
@@ -192,8 +192,5 @@ def load_arcface_ir_se50(
         from facexlib.recognition.arcface_arch import Backbone
 
     network = Backbone(num_layers=50, drop_ratio=0.6, mode="ir_se")
-    try:
-        network.load_state_dict(read_tensors(file), strict=True)
-    except RuntimeError as error:
-        raise WeightsError(f"{file} is not facexlib's ArcFace: {error}") from error
+    load_state(network, read_tensors(file), f"{file} is not facexlib's ArcFace")
     return network.eval().requires_grad_(False).to(device)

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from openpulid.errors import FaceError, WeightsError, explain_missing_library
+from openpulid.errors import FaceError, explain_missing_library
 from openpulid.faces.face import Face, require_landmarks
 from openpulid.faces.insightface_pack import to_uint8
 from openpulid.faces.selfie_multiclass import SelfieParser
-from openpulid.io.checkpoints import read_tensors
+from openpulid.io.checkpoints import load_state, read_tensors
 
 CROP = 512
 """Width and height of the aligned crop in pixels."""
@@ -61,10 +61,7 @@ class FaceParser:
             from facexlib.parsing.bisenet import BiSeNet
 
         network = BiSeNet(num_class=19)
-        try:
-            network.load_state_dict(read_tensors(file), strict=True)
-        except RuntimeError as error:
-            raise WeightsError(f"{file} is not facexlib's BiSeNet: {error}") from error
+        load_state(network, read_tensors(file), f"{file} is not facexlib's BiSeNet")
         return cls(network.to(device))
 
     @torch.no_grad()

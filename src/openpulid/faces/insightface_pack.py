@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openpulid.errors import WeightsError, explain_missing_library, is_out_of_memory
+from openpulid.errors import WeightsError, explain_missing_library, first_line, is_out_of_memory
 
 PROVIDERS = {
     "cuda": ("CUDAExecutionProvider", "MIGraphXExecutionProvider", "ROCMExecutionProvider"),
@@ -120,5 +120,5 @@ def _load_model(file: str | os.PathLike[str], device: str | torch.device) -> Any
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise WeightsError(f"{file} cannot be opened ({reason}); download it again.") from error

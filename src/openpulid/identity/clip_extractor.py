@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from openpulid.errors import WeightsError
 from openpulid.faces.align import similarity_transform, warp_images
 from openpulid.faces.arcface import (
     ARCFACE_CROP,
@@ -27,7 +26,7 @@ from openpulid.faces.face import Face, require_landmarks
 from openpulid.identity.detection import FaceDetection, MiniFaceDetection, PhotoFaceDetection
 from openpulid.identity.eva_clip import normalize_for_clip
 from openpulid.identity.identity import Identity, hash_models
-from openpulid.io.checkpoints import read_tensors
+from openpulid.io.checkpoints import explain_bad_weights, load_state, read_tensors
 
 ClipInput = Literal["image", "face"]
 
@@ -221,12 +220,10 @@ def load_clip_encoder(tensors: Mapping[str, Tensor]) -> CLIPVisionModelWithProje
     """
     # old files contain the position numbers
     weights = {name: x for name, x in tensors.items() if not name.endswith("position_ids")}
-    try:
-        with init_empty_weights(include_buffers=False):
-            encoder = CLIPVisionModelWithProjection(clip_config(weights))
-        encoder.load_state_dict(weights, assign=True)
-    except (KeyError, RuntimeError) as error:
-        raise WeightsError(f"this is not a CLIP vision encoder: {error}") from error
+    message = "this is not a CLIP vision encoder"
+    with explain_bad_weights(message), init_empty_weights(include_buffers=False):
+        encoder = CLIPVisionModelWithProjection(clip_config(weights))
+    load_state(encoder, weights, message, assign=True)
     return encoder.eval().requires_grad_(False)
 
 

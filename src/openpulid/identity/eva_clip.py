@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, normalize
 from torchvision.transforms import Normalize
 
-from openpulid.errors import WeightsError
-from openpulid.io.checkpoints import read_tensors
+from openpulid.io.checkpoints import explain_bad_weights, load_state, read_tensors
 
 LEVELS = 5
 PREFIX = "visual."
@@ -128,12 +127,10 @@ class VisionEncoder(nn.Module):
         weights = {
             name: value.to(dtype) for name, value in state.items() if name.startswith(PREFIX)
         }
-        try:
-            self.visual.load_state_dict(
-                checkpoint_filter_fn(weights, self.visual), strict=True, assign=True
-            )
-        except RuntimeError as error:
-            raise WeightsError(f"{label} does not fit this vision encoder: {error}") from error
+        message = f"{label} does not fit this vision encoder"
+        with explain_bad_weights(message):
+            converted = checkpoint_filter_fn(weights, self.visual)
+        load_state(self.visual, converted, message, assign=True)
 
     def prepare(self, images: Tensor) -> Tensor:
         """Resize (bicubic) and normalize with CLIP's mean and standard deviation.

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from openpulid.errors import OutputError, PulidError, WeightsError, is_out_of_memory
+from openpulid.errors import OutputError, PulidError, WeightsError, first_line, is_out_of_memory
 from openpulid.io.files import make_folder, replace_file
 
 M = TypeVar("M", bound=nn.Module)
@@ -111,8 +111,8 @@ def explain_bad_weights(message: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, PulidError) or is_out_of_memory(error):
             raise
-        reason = shorten(str(error).strip().split("\n")[0], 200, placeholder=" ...")
-        raise WeightsError(f"{message} ({reason or type(error).__name__}).") from error
+        reason = shorten(first_line(error), 200, placeholder=" ...")
+        raise WeightsError(f"{message} ({reason}).") from error
 
 
 def parse_config(text: str, message: str) -> dict[str, Any]:

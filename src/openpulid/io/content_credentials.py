@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from openpulid import __version__
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, first_line
 from openpulid.io.metadata import encode_image
 from openpulid.io.xmp import DigitalSourceType
 
@@ -279,7 +279,7 @@ def read_credentials(
         return None
     except c2pa.C2paError as error:
         state = "remote" if str(error).startswith("Remote") else "invalid"
-        return ContentCredentials(state, (str(error).split("\n")[0],))
+        return ContentCredentials(state, (first_line(error),))
     return _parse_report(report)
 
 

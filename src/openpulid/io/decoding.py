@@ -19,6 +19,7 @@ from io import BytesIO
 import numpy as np
 from PIL import ExifTags, Image, ImageChops, JpegImagePlugin, UnidentifiedImageError
 
+from openpulid.errors import first_line
 from openpulid.io.color import scale_to_8_bit, split_alpha, to_8_bit, to_srgb
 from openpulid.io.containers import (
     JPEG_SIGNATURE,
@@ -157,12 +158,6 @@ def _plain_reasons(options: DecodeOptions) -> Iterator[None]:
             raise UnusableFile("needs more memory than is available") from None
         except Exception as error:  # OSError, SyntaxError, struct.error, zlib.error ...
             raise UnusableFile(f"is damaged or cut short ({first_line(error)})") from None
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its class."""
-    text = str(error).strip().split("\n")[0]
-    return text.rstrip(".") or type(error).__name__
 
 
 def _check_size(size: tuple[int, int], options: DecodeOptions, reduction: int = 1) -> None:

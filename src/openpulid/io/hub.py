@@ -15,7 +15,7 @@ from glob import escape
 from pathlib import Path
 from urllib.error import URLError
 
-from openpulid.errors import OptionError, PulidError, WeightsError, suggest
+from openpulid.errors import OptionError, PulidError, WeightsError, first_line, suggest
 from openpulid.io.loggers import silence_warnings
 from openpulid.io.lora_files import select_lora_file
 from openpulid.io.networks import (
@@ -202,7 +202,7 @@ def _describe_download_errors(entry: Weight) -> Iterator[None]:
         ) from error
     # The hub's client, requests and the operating system have unrelated exception classes.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         advice = "run the same command again, complete files are kept"
         if isinstance(error, (TransportError, URLError)):
             reason = f"no connection: {reason}"

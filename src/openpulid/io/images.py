@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image
 
-from openpulid.errors import ImageError, OptionError, PulidError
+from openpulid.errors import ImageError, OptionError, PulidError, first_line
 from openpulid.io.color import scale_to_8_bit
 from openpulid.io.containers import UnusableFile
 from openpulid.io.decode_process import decode_in_child
@@ -26,7 +26,6 @@ from openpulid.io.decoding import (
     DecodeOptions,
     decode_file,
     decode_image,
-    first_line,
 )
 
 MAX_BYTES = 64 * 2**20

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 
-from openpulid.errors import PulidError, WeightsError, is_out_of_memory
+from openpulid.errors import PulidError, WeightsError, first_line, is_out_of_memory
+from openpulid.io.checkpoint_kinds import read_header
 from openpulid.io.checkpoints import load_in_parts, read_names
 
 logger = logging.getLogger(__name__)
@@ -64,11 +65,6 @@ class WeightsFiles:
     names: tuple[str, ...]
     index: str | None = None
     variant: str | None = None
-
-    @property
-    def all_names(self) -> tuple[str, ...]:
-        """The weights and their index."""
-        return self.names if self.index is None else (*self.names, self.index)
 
 
 @dataclass(frozen=True)
@@ -371,8 +367,6 @@ def check_complete(path: Path) -> None:
     Raises:
         WeightsError: it is, or it is a pointer of Git LFS.
     """
-    from safetensors import SafetensorError, safe_open
-
     with open(path, "rb") as file:
         is_pointer = file.read(40).startswith(b"version https://git-lfs")
     if is_pointer:
@@ -380,15 +374,8 @@ def check_complete(path: Path) -> None:
             f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull`, "
             "or download it."
         )
-    if path.suffix != ".safetensors":
-        return
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise WeightsError(
-            f"{path} cannot be loaded: it is damaged or cut short; download or copy it again."
-        ) from error
+    if path.suffix == ".safetensors":
+        read_header(path)  # reports a damaged file
 
 
 @contextmanager
@@ -407,7 +394,7 @@ def describe_load_errors(path: Path, fix: str = "copy or build it again") -> Ite
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if isinstance(error, (AttributeError, TypeError, AssertionError)):
             import diffusers
             import transformers

@@ -24,7 +24,6 @@ from openpulid.pipelines.presets import PRESETS
 from openpulid.pipelines.request import OPEN_FACES, GenerationRequest
 from openpulid.pipelines.request_fields import Name, RequestError, literal
 from openpulid.pipelines.request_part import RequestPart
-from openpulid.pipelines.version_0_1 import convert_parameters
 
 HASH_DIGITS = 4
 """Hexadecimal digits of an input's hash. One in 65,536 files has the same, so the hash reveals a
@@ -93,9 +92,8 @@ class Provenance(RequestPart):
 
         Raises:
             RequestError: they are invalid.
-            OptionError: they are those of version 0.1, and invalid.
         """
-        return cls.model_validate_json(convert_parameters(metadata), strict=True)
+        return cls.model_validate_json(metadata, strict=True)
 
     def restore(
         self,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import (
@@ -283,6 +283,14 @@ class GenerationRequest(GenerationOptions):
         default = 1.0 if self.identity.scale is None else self.identity.scale
         return tuple(default if person.scale is None else person.scale for person in self.people)
 
+    def image_size(self, native_side: int) -> tuple[int, int]:
+        """Return the width and height of the images in pixels.
+
+        Args:
+            native_side: length of a side that the request leaves to the models.
+        """
+        return self.width or native_side, self.height or native_side
+
     def for_image(self, seed: int, width: int, height: int) -> GenerationRequest:
         """Return the request that regenerates one image on its own."""
         return self.model_copy(
@@ -302,13 +310,6 @@ class GenerationRequest(GenerationOptions):
     def without_people(self) -> GenerationRequest:
         """Return the request of the same images without identity."""
         return self.model_copy(update={"people": (), "identity": IdentityOptions()})
-
-    def input_files(self) -> Iterator[tuple[str, str]]:
-        """Yield the path of every field that can name a file, and what it names.
-
-        The presets and published weights among them are names, not files.
-        """
-        return self.list_files()
 
     def with_files(self, files: Mapping[str, str | os.PathLike[str]]) -> GenerationRequest:
         """Return the request with other input files.

@@ -149,8 +149,10 @@ class RequestPart(BaseModel):
         with _plain_errors(cls):
             return super().model_validate_json(json_data, **options)
 
-    def list_files(self, prefix: str = "") -> Iterator[tuple[str, str]]:
+    def input_files(self, prefix: str = "") -> Iterator[tuple[str, str]]:
         """Yield the path of every field that can name a file, and what it names.
+
+        The presets and published weights among them are names, not files.
 
         Args:
             prefix: path of this part in the request, with a dot at its end.
@@ -162,6 +164,6 @@ class RequestPart(BaseModel):
                 entries = {f"{prefix}{name}.{number}": entry for number, entry in enumerate(value)}
             for path, entry in entries.items():
                 if isinstance(entry, RequestPart):
-                    yield from entry.list_files(f"{path}.")
+                    yield from entry.input_files(f"{path}.")
                 elif name in self.files and entry:
                     yield path, entry

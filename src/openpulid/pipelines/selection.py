@@ -11,7 +11,6 @@ from openpulid.faces.insightface_pack import find_pack
 from openpulid.io.hub import AURAFACE, WEIGHTS, find_weight
 from openpulid.pipelines.baselines import BASELINES, Baseline, find_adapter, find_baseline
 from openpulid.pipelines.memory_levels import find_level
-from openpulid.pipelines.model_set import WeightSource
 from openpulid.pipelines.presets import PULID_MODES, Preset, find_preset
 from openpulid.pipelines.request import OPEN_FACES, IdentityOptions, ModelSelection
 from openpulid.pipelines.request_fields import RequestError
@@ -110,13 +109,13 @@ def _find_baseline(preset: Preset, method: str) -> Baseline:
     return find_baseline(method, preset.models, preset.name)
 
 
-def with_base(preset: Preset, base: WeightSource) -> Preset:
+def with_base(preset: Preset, base: Path | str) -> Preset:
     """Return the preset on another base model.
 
     Args:
         preset: the preset; a U-Net or transformer that it brings is not used.
-        base: a pipeline; for FLUX and Chroma also a transformer alone, as a single file or a
-            directory, to which the preset's pipeline adds the other parts.
+        base: path or published name of a pipeline; for FLUX and Chroma also a transformer alone, as
+            a single file or a directory, to which the preset's pipeline adds the other parts.
     """
     selection = preset.selection.model_copy(update={"base": os.fspath(base)})
     path = Path(base)

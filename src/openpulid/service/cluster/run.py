@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, first_line
 from openpulid.io.registry import WEIGHTS
 from openpulid.pipelines.presets import PRESETS
 from openpulid.pipelines.request import OPEN_FACES, ModelSelection
@@ -81,8 +81,8 @@ def run_cluster(
             _wait_for_signal()
         except RuntimeError as error:  # of `serve.run`; Ray has logged the cause
             raise OptionError(
-                f"the presets did not start ({str(error).strip().splitlines()[0]}); the reason is "
-                "in Ray's logs, on this machine in /tmp/ray/session_latest/logs/serve."
+                f"the presets did not start ({first_line(error)}); the reason is in "
+                "Ray's logs, on this machine in /tmp/ray/session_latest/logs/serve."
             ) from None
         finally:
             serve.delete(APPLICATION)
