@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear
 
 from openpulid.errors import WeightsError
 from openpulid.identity.identity import Identity
@@ -19,6 +19,7 @@ from openpulid.io.checkpoints import explain_bad_weights
 from openpulid.methods.host import Grid, HostIdentity, select_rows
 from openpulid.methods.ip_adapter.base import IPAdapterBase
 from openpulid.methods.ip_adapter.processors import AdapterFile, build_layers
+from openpulid.methods.second_attention import attend
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -95,16 +96,12 @@ class IPAdapterHostIdentity(HostIdentity):
         """
 
         def place() -> KeyValue:
-            keys, values = (
-                x.to(query.device, query.dtype).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-                for x in self.keys_values[key]
-            )
+            keys, values = (x.to(query.device, query.dtype) for x in self.keys_values[key])
             return keys, values
 
         pair = self.placed.get((key, query.device, query.dtype), place)
         keys, values = (select_rows(x, is_negative) for x in pair)
-        heads = query.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-        added = scaled_dot_product_attention(heads, keys, values).transpose(1, 2).flatten(2)
+        added = attend(query, keys, values, num_heads)
         region = self.region(grid, query, num_images)
         if region is not None:
             added = added * region.to(added)
