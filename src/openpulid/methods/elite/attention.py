@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from openpulid.errors import OptionError
 from openpulid.methods.adapter import check_projections_are_called, resident_weight
 from openpulid.methods.elite.encoders import Mapper, Mappers
-from openpulid.methods.tuned.custom_diffusion import delta_hook
+from openpulid.methods.lora import delta_hook
 
 Rows = Sequence[tuple[int, Sequence[int]] | None]
 """Per row of the batch the entry that it shows and the positions of its word; None for no one."""

@@ -15,10 +15,10 @@ from torch.nn.functional import linear
 
 from openpulid.errors import WeightsError
 from openpulid.identity.identity import Identity
-from openpulid.io.checkpoints import explain_bad_weights
+from openpulid.io.checkpoints import TensorGroups, explain_bad_weights
 from openpulid.methods.host import Grid, HostIdentity, select_rows
 from openpulid.methods.ip_adapter.base import IPAdapterBase
-from openpulid.methods.ip_adapter.processors import AdapterFile, build_layers
+from openpulid.methods.ip_adapter.processors import build_layers
 from openpulid.methods.second_attention import attend
 
 KeyValue = tuple[Tensor, Tensor]
@@ -125,7 +125,7 @@ def compute_tokens(method: IPAdapterBase, identity: Identity) -> Tensor:
     return method.image_tokens(projection, identity)
 
 
-def build_projection(parts: AdapterFile) -> nn.Module:
+def build_projection(parts: TensorGroups) -> nn.Module:
     """Build the projection of an IP-Adapter file with diffusers.
 
     `load_ip_adapter` builds it together with a U-Net's attention processors, so it gets a U-Net

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.io.checkpoint_kinds import CUSTOM_DIFFUSION, CheckpointKind
@@ -17,10 +16,10 @@ from openpulid.io.checkpoints import (
     explain_bad_weights,
     read_optional_metadata,
     read_tensors,
-    save_tensors,
 )
 from openpulid.methods.adapter import check_projections_are_called, resident_weight
 from openpulid.methods.hooks import PipelineState, find_unet
+from openpulid.methods.lora import delta_hook, shift_hook
 from openpulid.methods.tuned.base import ActiveCall, TunedAdapter, check_weights, find_parameter
 from openpulid.methods.tuned.words import ENCODERS, Trigger, encoder_words, read_words
 
@@ -93,12 +92,7 @@ class CustomDiffusion(TunedAdapter):
         for name, pair in self.factors.items():
             tensors |= {_UNET + name + part: x for part, x in zip(_FACTORS, pair, strict=True)}
         tensors |= {_WORD + name: x[0] for name, x in self.vectors.items()}
-        stored = {
-            name: x.detach().to("cpu", torch.float16).contiguous() for name, x in tensors.items()
-        }
-        facts = {"method": "custom-diffusion"}
-        facts |= {} if self.trigger is None else self.trigger.metadata()
-        save_tensors(stored, path, facts | {k: str(v) for k, v in (metadata or {}).items()})
+        self._write(path, "custom-diffusion", tensors, torch.float16, metadata)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> CustomDiffusion:
         """Move matrices and word to a device and dtype."""
@@ -148,34 +142,6 @@ class CustomDiffusion(TunedAdapter):
             u, v = (x.to(weight.device, torch.float32) for x in self.factors[name])
             return u @ v
         return self.matrices[name].to(weight.device, torch.float32) - weight.float()
-
-
-def delta_hook(delta: Tensor, is_active: Callable[[], bool]) -> Any:
-    """Create a forward hook that adds delta x to the output of a linear layer.
-
-    Args:
-        delta: (out, in).
-        is_active: read in each call.
-    """
-
-    def add_delta(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return output + linear(args[0], delta.to(args[0])) if is_active() else None
-
-    return add_delta
-
-
-def shift_hook(delta: Tensor, is_active: Callable[[], bool]) -> Any:
-    """Create a forward hook that adds delta (out,) to the output of a layer.
-
-    Args:
-        delta: the difference of a bias.
-        is_active: read in each call.
-    """
-
-    def add_delta(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return output + delta.to(output) if is_active() else None
-
-    return add_delta
 
 
 def detach_first_token(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
