@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from openpulid.errors import OptionError, WeightsError
+from openpulid.errors import WeightsError
 from openpulid.io.checkpoint_kinds import CUSTOM_DIFFUSION, CheckpointKind
 from openpulid.io.checkpoints import (
     explain_bad_weights,
@@ -22,9 +22,6 @@ from openpulid.methods.hooks import PipelineState, find_unet
 from openpulid.methods.lora import delta_hook, shift_hook
 from openpulid.methods.tuned.base import ActiveCall, TunedAdapter, check_weights, find_parameter
 from openpulid.methods.tuned.words import ENCODERS, Trigger, encoder_words, read_words
-
-KEPT_SHARE = 0.6
-"""Share of the singular values that a compressed file keeps, as the authors choose it."""
 
 _UNET = "unet."
 _WORD = "modifier_token."
@@ -38,8 +35,8 @@ class CustomDiffusion(TunedAdapter):
         matrices: name of the weight in the U-Net -> its value, (out, in) each.
         vectors: "clip_l" and "clip_g" -> (1, D); empty if no word was tuned.
         trigger: the word; None if the file names none.
-        factors: name of a weight -> u (out, r) and v (r, in) of a compressed file, see `compress`;
-            their product is added to the base's matrix.
+        factors: name of a weight -> u (out, r) and v (r, in) of a compressed file; their product is
+            added to the base's matrix.
     """
 
     kinds: ClassVar[tuple[CheckpointKind, ...]] = (CUSTOM_DIFFUSION,)
@@ -155,45 +152,3 @@ def detach_first_token(module: nn.Module, args: tuple[Any, ...], output: Tensor)
         output: (B, T, D).
     """
     return torch.cat([output[:, :1].detach(), output[:, 1:]], 1)
-
-
-def compress(delta: Tensor, share: float = KEPT_SHARE) -> tuple[Tensor, Tensor]:
-    """Return factors u (out, r) and v (r, in) of a matrix, as the authors compress their files.
-
-    The rank r is the number of largest singular values whose sum is below `share` of the sum of
-    all; the value that passes it is not kept, so r can be 0.
-
-    Args:
-        delta: (out, in), the difference to the base's matrix.
-        share: see above.
-
-    Raises:
-        OptionError: the share is not between 0 and 1.
-    """
-    if not 0 < share <= 1:
-        raise OptionError(f"the share of the singular values must be from 0 to 1, got {share}.")
-    u, values, v = torch.linalg.svd(delta.double(), full_matrices=False)
-    passed = values.cumsum(0) / values.sum() < share
-    rank = int(passed.sum())
-    return (u[:, :rank] * values[:rank]).to(delta), v[:rank].to(delta)
-
-
-def merge_matrices(base: Tensor, regularization: Tensor, targets: Tensor, values: Tensor) -> Tensor:
-    """Return one matrix for several concepts, in closed form (arXiv 2212.04488, section 3.3).
-
-    W = W_0 + (V^T - W_0 T^T) (D T^T)^-1 D with D = T C^-1 and C = K^T K: the targets give the
-    values, and what the regularization text gives changes least.
-
-    Args:
-        base: (out, in), the base's matrix W_0.
-        regularization: (N, in) text states K of other captions.
-        targets: (M, in) text states T of the concepts' words.
-        values: (M, out) outputs V of each concept's own matrix for its words.
-
-    Returns:
-        (out, in).
-    """
-    weight, keys, words = base.double(), regularization.double(), targets.double()
-    directions = torch.linalg.solve(keys.T @ keys, words.T).T  # (M, in)
-    error = values.double().T - weight @ words.T  # (out, M)
-    return (weight + error @ torch.linalg.solve(directions @ words.T, directions)).to(base)
