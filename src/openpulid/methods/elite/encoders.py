@@ -86,17 +86,17 @@ class Mappers(nn.Module):
     Args:
         global_mapper: words, and keys and values of the text.
         local_mapper: local tokens, and their keys and values; None for the words alone.
+
+    Attributes:
         num_words: words of the prompt that stand for an image, 1 or 5. The first is that of the
             encoder's last level; the authors use it alone with local tokens.
     """
 
-    def __init__(
-        self, global_mapper: Mapper, local_mapper: Mapper | None = None, num_words: int = 1
-    ) -> None:
+    def __init__(self, global_mapper: Mapper, local_mapper: Mapper | None = None) -> None:
         super().__init__()
         self.global_mapper = global_mapper
         self.local_mapper = local_mapper
-        self.num_words = num_words
+        self.num_words = 1
 
     def encode_words(self, identity: Identity) -> Tensor:
         """Compute the words of an identity, (num_words, D); images are averaged.

@@ -138,7 +138,6 @@ class PhotoMakerEncoder(CLIPVisionModelWithProjection):
             config.hidden_size, width - config.projection_dim, bias=False
         )
         self.fuse_module = FuseModule(width)
-        self.tokens_per_image = num_tokens
         self.face_dim = face_dim
         if face_dim:
             self.qformer_perceiver = QFormerPerceiver(
