@@ -10,9 +10,10 @@ from diffusers import StableDiffusionXLInpaintPipeline
 from PIL import Image
 
 from openpulid.diffusion.noise_schedule import NoiseSchedule
-from openpulid.diffusion.sampling import dpmpp_2m, dpmpp_sde
+from openpulid.diffusion.sampling import dpmpp_2m
 from openpulid.diffusion.schedulers import KarrasScheduler
 from openpulid.errors import OptionError
+from tests.support.samplers import dpmpp_sde
 
 
 def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

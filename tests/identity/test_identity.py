@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 from openpulid.errors import IdentityError, OptionError
 from openpulid.identity.identity import (
     Identity,
-    blend_identities,
     concat_identities,
     fuse_identities,
 )
@@ -118,7 +117,6 @@ def test_fusions() -> None:
     assert mean.photos == 1 and mean.models == MODELS
     weighed = fuse_identities([one, two], "mean", [3, 1])
     torch.testing.assert_close(weighed.id_cond, 0.75 * one.id_cond + 0.25 * two.id_cond)
-    torch.testing.assert_close(blend_identities(one, two, 0.25).id_cond, weighed.id_cond)
 
 
 def photo(seed: int, length: float) -> Identity:
@@ -166,8 +164,6 @@ def test_incompatible_identities_are_not_fused() -> None:
         fuse_identities([one, concat_identities([one, two])], "mean")
     with pytest.raises(IdentityError, match=r"other models \(vision\)"):
         fuse_identities([one, someone(1, {**MODELS, "vision": "cc"})], "mean")
-    with pytest.raises(OptionError, match="between 0 and 1"):
-        blend_identities(one, two, 1.5)
 
 
 def write_file(path, changes=None, **facts: str):

@@ -42,6 +42,6 @@ def test_latents_are_of_the_face_on_white() -> None:
     torch.testing.assert_close(crop[:, is_background], torch.ones_like(crop[:, is_background]))
     torch.testing.assert_close(crop[:, is_face], photo[:, is_face])
     (identity,) = extractor.extract([FACE])
-    torch.testing.assert_close(read_latents(identity), encoder(2 * crop[None] - 1))
+    torch.testing.assert_close(read_latents(identity, 4), encoder(2 * crop[None] - 1))
     assert identity.id_cond.shape == (1, 1, 18 * 4) and not identity.hidden
     assert identity.models == {"e4e": "a"}

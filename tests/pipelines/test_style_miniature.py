@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from openpulid.errors import OptionError, WeightsError
+from openpulid.io.checkpoints import group_tensors, read_tensors
 from openpulid.io.image_grid import to_pil
-from openpulid.methods.ip_adapter import read_parts
 from openpulid.mini.train.baselines.ip_adapter import style as create_adapter
 from openpulid.pipelines.presets import MINIATURE, mini, mini_lightning
 from openpulid.pipelines.provenance import Provenance
@@ -79,7 +79,7 @@ def diffusers_style(studio: Studio, weights: Path, image: Path, scale: float) ->
     with torch.no_grad():
         features = encoder(values).image_embeds[None]
     pipe.load_ip_adapter(
-        read_parts(weights / "style.safetensors"),
+        group_tensors(read_tensors(weights / "style.safetensors")),
         subfolder="",
         weight_name="",
         image_encoder_folder=None,

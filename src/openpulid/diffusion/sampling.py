@@ -114,97 +114,54 @@ def dpmpp_2m_step(
     return torch.lerp(estimate, x, (next_sigma / sigma).to(x))
 
 
-def dpmpp_sde(
-    denoise: Denoiser,
-    x: Tensor,
-    sigmas: Tensor,
-    noise: Callable[[], Tensor],
-    eta: float = 1.0,
-    midpoint: float = 0.5,
-) -> Tensor:
-    """Sample with DPM-Solver++ (stochastic), known as "DPM++ SDE".
-
-    Args:
-        denoise: called twice per step, once in the last.
-        x: (B, ...) noise of standard deviation sigmas[0].
-        sigmas: (steps + 1,) falling to 0.
-        noise: returns standard normal noise of x's shape; called twice per step. Use the generator
-            of the request, so that the seed determines the sample.
-        eta: share of the noise that is renewed; 0 is deterministic.
-        midpoint: position of the first call between two steps, in log sigma.
-
-    Returns:
-        (B, ...) the sample.
-    """
-    for i in range(len(sigmas) - 1):
-        sigma = sigmas[i]
-        next_sigma = sigmas[i + 1]
-        denoised = denoise(x, sigma.to(x.device).expand(len(x)))
-        if next_sigma == 0:
-            return denoised
-        noises = (noise(), noise())
-        x_mid, sigma_mid = dpmpp_sde_midpoint(
-            x, denoised, sigma, next_sigma, noises[0], eta, midpoint
-        )
-        denoised_mid = denoise(x_mid, sigma_mid.to(x.device).expand(len(x)))
-        x = dpmpp_sde_step(x, denoised, denoised_mid, sigma, next_sigma, noises, eta, midpoint)
-    return x
-
-
 def dpmpp_sde_midpoint(
-    x: Tensor,
-    denoised: Tensor,
-    sigma: Tensor,
-    next_sigma: Tensor,
-    noise: Tensor,
-    eta: float = 1.0,
-    midpoint: float = 0.5,
-) -> tuple[Tensor, Tensor]:
-    """Step to the point between sigma and next_sigma; return it and its noise level."""
-    sigma_mid = sigma ** (1 - midpoint) * next_sigma**midpoint
-    return _ancestral_step(x, denoised, sigma, sigma_mid, noise, eta), sigma_mid
+    x: Tensor, denoised: Tensor, sigma: Tensor, next_sigma: Tensor, noise: Tensor
+) -> Tensor:
+    """Step to the point halfway between sigma and next_sigma, in log sigma."""
+    return _ancestral_step(x, denoised, sigma, sde_midpoint_sigma(sigma, next_sigma), noise)
 
 
 def dpmpp_sde_step(
     x: Tensor,
     denoised: Tensor,
-    denoised_mid: Tensor,
     sigma: Tensor,
     next_sigma: Tensor,
     noises: tuple[Tensor, Tensor],
-    eta: float = 1.0,
-    midpoint: float = 0.5,
 ) -> Tensor:
-    """Step from sigma to next_sigma with the denoiser's outputs at sigma and at the midpoint.
+    """Step from sigma to next_sigma with the denoiser's output at the midpoint.
+
+    This is DPM-Solver++ (stochastic), known as "DPM++ SDE", with the midpoint in the middle of each
+    step: there its second-order estimate is the output at the midpoint.
 
     Args:
         x: (B, ...) at sigma.
-        denoised: the denoiser's output at sigma.
-        denoised_mid: its output at the midpoint.
+        denoised: the denoiser's output at the midpoint.
         sigma: noise level at the start of the step.
         next_sigma: noise level at its end.
         noises: the noise of the first and of the second half of the step.
-        eta: as in `dpmpp_sde`.
-        midpoint: as in `dpmpp_sde`.
     """
-    sigma_mid = sigma ** (1 - midpoint) * next_sigma**midpoint
+    sigma_mid = sde_midpoint_sigma(sigma, next_sigma)
     # Both steps use the same Brownian motion: the noise of the longer one is that of its two
     # halves.
     first_share = ((sigma - sigma_mid) / (sigma - next_sigma)).sqrt()
     second_share = ((sigma_mid - next_sigma) / (sigma - next_sigma)).sqrt()
     noise = first_share.to(x) * noises[0] + second_share.to(x) * noises[1]
-    estimate = torch.lerp(denoised, denoised_mid, 1 / (2 * midpoint))
-    return _ancestral_step(x, estimate, sigma, next_sigma, noise, eta)
+    return _ancestral_step(x, denoised, sigma, next_sigma, noise)
+
+
+def sde_midpoint_sigma(sigma: Tensor, next_sigma: Tensor) -> Tensor:
+    """Return the noise level of the point between two steps of "DPM++ SDE"."""
+    return sigma**0.5 * next_sigma**0.5
 
 
 def _ancestral_step(
-    x: Tensor, estimate: Tensor, sigma: Tensor, to: Tensor, noise: Tensor, eta: float
+    x: Tensor, estimate: Tensor, sigma: Tensor, to: Tensor, noise: Tensor
 ) -> Tensor:
     """Step deterministically to less noise than `to`, then add noise up to `to`."""
-    up = torch.minimum(to, eta * (to**2 * (sigma**2 - to**2) / sigma**2).sqrt())
+    up = torch.minimum(to, (to**2 * (sigma**2 - to**2) / sigma**2).sqrt())
     down = (to**2 - up**2).clamp_min(0).sqrt()
     return torch.lerp(estimate, x, (down / sigma).to(x)) + up.to(x) * noise
 
 
 SAMPLERS: dict[str, Sampler] = {"euler": euler, "dpmpp_2m": dpmpp_2m}
-"""Samplers that need nothing but a denoiser; `dpmpp_sde` also needs noise."""
+"""Samplers that need nothing but a denoiser. "DPM++ SDE" also needs noise, see `schedulers`."""

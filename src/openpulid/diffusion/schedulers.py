@@ -102,7 +102,7 @@ class KarrasScheduler(SchedulerMixin, ConfigMixin):
         self.begin_index = None
         self.step_index = None
         self._previous: Tensor | None = None
-        self._first_call: tuple[Tensor, Tensor, Tensor] | None = None
+        self._first_call: tuple[Tensor, Tensor] | None = None
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Set the index of the first call of an image-to-image pipeline."""
@@ -180,9 +180,8 @@ class KarrasScheduler(SchedulerMixin, ConfigMixin):
             return denoised
         noise = randn_tensor(x.shape, generator=generator, device=x.device, dtype=x.dtype)
         if not is_second_call:
-            self._first_call = x, denoised, noise
-            return dpmpp_sde_midpoint(x, denoised, sigma, next_sigma, noise)[0]
+            self._first_call = x, noise
+            return dpmpp_sde_midpoint(x, denoised, sigma, next_sigma, noise)
         assert self._first_call is not None
-        start, first_denoised, first_noise = self._first_call
-        noises = (first_noise, noise)
-        return dpmpp_sde_step(start, first_denoised, denoised, sigma, next_sigma, noises)
+        start, first_noise = self._first_call
+        return dpmpp_sde_step(start, denoised, sigma, next_sigma, (first_noise, noise))

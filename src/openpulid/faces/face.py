@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from openpulid.errors import FaceError, OptionError, suggest
 from openpulid.faces.align import turn_points
+from openpulid.io.image_grid import to_pil
 
 logger = logging.getLogger(__name__)
 
@@ -244,11 +244,11 @@ def draw_faces(faces: Sequence[Face], selected: Face, crops: Sequence[Tensor]) -
         selected: the face to mark in green.
         crops: (3, S, S) in [0, 1] each, the crops of the selected face that the encoders see.
     """
-    image = _to_pil(faces[0].image)
+    image, *crop_images = (to_pil(pixels[None])[0] for pixels in (faces[0].image, *crops))
     draw = ImageDraw.Draw(image)
     for index, face in enumerate(faces):
         _draw_face(draw, face, str(index), SELECTED_COLOR if face is selected else OTHER_COLOR)
-    row = [ImageOps.contain(panel, (4 * HEIGHT, HEIGHT)) for panel in (image, *map(_to_pil, crops))]
+    row = [ImageOps.contain(panel, (4 * HEIGHT, HEIGHT)) for panel in (image, *crop_images)]
     sheet = Image.new("RGB", (sum(panel.width for panel in row), HEIGHT), "white")
     x = 0
     for panel in row:
@@ -270,8 +270,3 @@ def _draw_face(draw: ImageDraw.ImageDraw, face: Face, label: str, color: str) ->
     draw.text(center, label, fill="black", font_size=font_size, anchor="mm")
     for x, y in face.landmarks.tolist():
         draw.ellipse((x - thickness, y - thickness, x + thickness, y + thickness), fill=color)
-
-
-def _to_pil(image: Tensor) -> Image.Image:
-    values = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte()
-    return Image.fromarray(np.ascontiguousarray(values.permute(1, 2, 0).numpy()))

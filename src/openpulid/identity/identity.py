@@ -317,23 +317,6 @@ def fuse_identities(
     )
 
 
-def blend_identities(one: Identity, other: Identity, share: float = 0.5) -> Identity:
-    """Blend two people.
-
-    Args:
-        one: the first identity.
-        other: the second identity, produced by the same models.
-        share: weight of `other`, from 0 to 1.
-
-    Raises:
-        OptionError: the share is out of range.
-        IdentityError: the identities do not fit together.
-    """
-    if not 0 <= share <= 1:
-        raise OptionError(f"share must be between 0 and 1, got {share}.")
-    return fuse_identities([one, other], "mean", [1 - share, share])
-
-
 def check_fusion(fusion: str) -> None:
     """Raise OptionError if there is no such way to combine images, see `fuse_identities`."""
     if fusion not in FUSIONS:

@@ -26,6 +26,9 @@ from openpulid.io.files import make_folder, replace_file
 
 M = TypeVar("M", bound=nn.Module)
 
+TensorGroups = Mapping[str, Mapping[str, torch.Tensor]]
+"""Part of a file -> its tensors, such as {"image_proj": {...}, "ip_adapter": {...}}."""
+
 MAX_SIZE = 1 << 16
 """The largest width in the configuration of a module."""
 DEPTH_NAMES = ("depth", "num_hidden_layers")
@@ -293,6 +296,15 @@ def read_tensors(
         names = [name for name in state if name.startswith(prefix)]
         tensors |= {name: _copy(state[name], dtype) for name in names[first::num_parts]}
     return {name: tensors[name] for name in names}
+
+
+def group_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """Group tensors by part, which is their name up to the first period."""
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        part, _, key = name.partition(".")
+        parts.setdefault(part, {})[key] = tensor
+    return parts
 
 
 def map_pickle(path: Path) -> dict[str, torch.Tensor]:

@@ -259,6 +259,15 @@ def check_projections_are_called(network: nn.Module) -> None:
         )
 
 
+def check_text_encoders(target: Any) -> None:
+    """Raise OptionError if a pipeline lacks one of SDXL's two text encoders."""
+    if getattr(target, "text_encoder_2", None) is None:
+        raise OptionError(
+            f"{type(target).__name__} does not have SDXL's two text encoders; "
+            "use a StableDiffusionXL pipeline."
+        )
+
+
 def resident_weight(weight: Tensor) -> Tensor:
     """Return a weight of the base model, if it is in memory.
 

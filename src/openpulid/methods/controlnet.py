@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import ControlNetModel
 from PIL import Image
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from openpulid.errors import OptionError, WeightsError
+from openpulid.io.image_grid import to_tensor
 from openpulid.io.images import Source, is_image_source, open_image
 from openpulid.io.networks import CONFIG, load_network
 from openpulid.methods.adapter import Adapter, check_hooks_are_called
@@ -323,7 +323,7 @@ def _fit_image(image: Image.Image | Tensor, size: tuple[int, int]) -> Tensor:
     """
     height, width = size
     if isinstance(image, Image.Image):
-        pixels = np.array(image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS))
-        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+        rgb = image.convert("RGB")
+        return to_tensor([rgb.resize((width, height), Image.Resampling.LANCZOS)])[0]
     resized = interpolate(image[None].float(), (height, width), mode="bilinear", antialias=True)
     return resized[0]

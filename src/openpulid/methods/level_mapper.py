@@ -1,4 +1,4 @@
-"""Networks that map levels of a vision encoder to vectors, for ELITE and PhotoVerse.
+"""Networks that map levels of a vision encoder to vectors, for ELITE, PhotoVerse and PuLID.
 
 Shapes: n reference images, N patches, S width of the vision encoder, D width of a vector.
 """
@@ -14,6 +14,20 @@ from openpulid.errors import IdentityError
 from openpulid.identity.identity import Identity
 
 NUM_LEVELS = 5
+"""Hidden levels of the vision encoder that ELITE, PhotoVerse and PuLID read."""
+
+
+def mlp(width_in: int, first: int, second: int, width_out: int) -> nn.Sequential:
+    """Build three linear layers with LayerNorm and LeakyReLU in between."""
+    return nn.Sequential(
+        nn.Linear(width_in, first),
+        nn.LayerNorm(first),
+        nn.LeakyReLU(),
+        nn.Linear(first, second),
+        nn.LayerNorm(second),
+        nn.LeakyReLU(),
+        nn.Linear(second, width_out),
+    )
 
 
 class LevelMapper(nn.Module):
@@ -33,8 +47,8 @@ class LevelMapper(nn.Module):
         self.states_dim = states_dim
         self.width = width
         for level in range(NUM_LEVELS):
-            self.add_module(f"mapping_{level}", _network(states_dim, inner_dim, width))
-            self.add_module(f"mapping_patch_{level}", _network(states_dim, inner_dim, width))
+            for name in ("mapping", "mapping_patch"):
+                self.add_module(f"{name}_{level}", mlp(states_dim, inner_dim, inner_dim, width))
 
     def words(self, levels: Sequence[Tensor]) -> Tensor:
         """Map five levels (n, 1 + N, S) to one vector each, (n, 5, D)."""
@@ -72,15 +86,3 @@ def read_levels(identity: Identity, states_dim: int, method: str, like: Tensor) 
 def last_first(levels: Sequence[Tensor]) -> list[Tensor]:
     """Sort levels as the mappers read them: the last one, then the others in their order."""
     return [levels[-1], *levels[:-1]]
-
-
-def _network(states_dim: int, inner_dim: int, width: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(states_dim, inner_dim),
-        nn.LayerNorm(inner_dim),
-        nn.LeakyReLU(),
-        nn.Linear(inner_dim, inner_dim),
-        nn.LayerNorm(inner_dim),
-        nn.LeakyReLU(),
-        nn.Linear(inner_dim, width),
-    )

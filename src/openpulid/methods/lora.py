@@ -1,4 +1,4 @@
-"""Low-rank layers as forward hooks.
+"""Changes of linear layers as forward hooks: low-rank matrices, or whole ones.
 
 Hooks instead of a LoRA of the pipeline: loading one there would deactivate the user's own LoRA, and
 unloading would leave its layers behind.
@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from openpulid.errors import WeightsError
+from openpulid.io.checkpoints import explain_bad_weights
+
+LoraMatrices = dict[str, tuple[Tensor, Tensor]]
+"""Name of a linear layer -> down (rank, in) and up (out, rank)."""
 
 
 def low_rank_hook(down: Tensor, up: Tensor, is_active: Callable[[], bool] = lambda: True) -> Any:
@@ -31,6 +36,52 @@ def low_rank_hook(down: Tensor, up: Tensor, is_active: Callable[[], bool] = lamb
         return output + linear(linear(x, down.to(x)), up.to(x))
 
     return add_low_rank
+
+
+def delta_hook(delta: Tensor, is_active: Callable[[], bool]) -> Any:
+    """Create a forward hook that adds delta x to the output of a linear layer.
+
+    Args:
+        delta: (out, in).
+        is_active: read in each call.
+    """
+
+    def add_delta(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return output + linear(args[0], delta.to(args[0])) if is_active() else None
+
+    return add_delta
+
+
+def shift_hook(delta: Tensor, is_active: Callable[[], bool]) -> Any:
+    """Create a forward hook that adds delta (out,) to the output of a layer.
+
+    Args:
+        delta: the difference of a bias.
+        is_active: read in each call.
+    """
+
+    def add_delta(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return output + delta.to(output) if is_active() else None
+
+    return add_delta
+
+
+def move_lora(lora: LoraMatrices, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Move low-rank matrices to a device and dtype, in place and one layer at a time."""
+    for name, (down, up) in lora.items():
+        lora[name] = (down.to(device, dtype), up.to(device, dtype))
+
+
+def check_lora(unet: nn.Module, lora: LoraMatrices) -> None:
+    """Check that all low-rank matrices fit the layers of a U-Net.
+
+    Raises:
+        WeightsError: a layer is missing, or matrices have other shapes.
+    """
+    for name, (down, up) in lora.items():
+        with explain_bad_weights("this adapter was trained for another base model"):
+            layer = unet.get_submodule(name)
+        check_low_rank(layer, down, up)
 
 
 def check_low_rank(layer: Any, down: Tensor, up: Tensor) -> None:
@@ -87,9 +138,7 @@ def find_lora_layers(
         yield module, down, tensors[f"{index}.{layer}.up.weight"]
 
 
-def parse_lora(
-    tensors: Mapping[str, Tensor], is_text_encoder: bool = False
-) -> dict[str, tuple[Tensor, Tensor]]:
+def parse_lora(tensors: Mapping[str, Tensor], is_text_encoder: bool = False) -> LoraMatrices:
     """Group the tensors of a LoRA file by layer.
 
     Args:

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from openpulid.errors import OptionError
 from openpulid.identity.identity import Identity
-from openpulid.io.checkpoints import explain_bad_weights
-from openpulid.methods.adapter import Adapter, exclusive_use
+from openpulid.methods.adapter import Adapter, check_text_encoders, exclusive_use
 from openpulid.methods.hooks import PipelineState, Span, find_unet
-from openpulid.methods.lora import check_low_rank, parse_lora
+from openpulid.methods.lora import check_lora, move_lora, parse_lora
 from openpulid.methods.prompt_fusion import PromptFusion
 from openpulid.methods.pulid import People, normalize_people
 
@@ -46,8 +45,7 @@ class PromptAdapter(Adapter):
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> PromptAdapter:
         """Move the encoder and the low-rank matrices to a device and dtype."""
         self.encoder.to(device, dtype)
-        for name, (down, up) in self.lora.items():
-            self.lora[name] = (down.to(device, dtype), up.to(device, dtype))
+        move_lora(self.lora, device, dtype)
         return self
 
     def hook_unet(
@@ -64,15 +62,8 @@ class PromptAdapter(Adapter):
             WeightsError: the low-rank change was trained for another U-Net.
         """
         unet = find_unet(target)
-        if getattr(target, "text_encoder_2", None) is None:
-            raise OptionError(
-                f"{type(target).__name__} does not have SDXL's two text encoders; "
-                f"attach {type(self).__name__} to a StableDiffusionXL pipeline."
-            )
-        for name, (down, up) in self.lora.items():
-            with explain_bad_weights("this adapter was trained for another base model"):
-                layer = unet.get_submodule(name)
-            check_low_rank(layer, down, up)
+        check_text_encoders(target)
+        check_lora(unet, self.lora)
 
     @contextmanager
     def use(

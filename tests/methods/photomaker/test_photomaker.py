@@ -81,7 +81,8 @@ def test_matches_diffusers_with_fused_prompt(pipe: Any, method: PhotoMaker, phot
         tokens = encoder.encode(identity.hidden[0][0].unflatten(0, (photos, -1)), faces).flatten(
             0, 1
         )
-        assert tokens.shape == (photos * encoder.tokens_per_image, CROSS)
+        count = encoder.qformer_perceiver.num_tokens if encoder.face_dim else 1
+        assert tokens.shape == (photos * count, CROSS)
         states, pooled, index = encode_repeated(pipe, PROMPTS[0], len(tokens))
         where = slice(index, index + len(tokens))
         states[0, where] = encoder.fuse_module(states[0, where], tokens)

@@ -21,9 +21,6 @@ def test_map_finds_the_linear_relation_of_two_latents():
     fitted = LinearMap.fit(x, y)
     torch.testing.assert_close(fitted.weight, weight, atol=1e-5, rtol=0)
     torch.testing.assert_close(fitted.bias, torch.tensor([1.0, -2.0]), atol=1e-5, rtol=0)
-    assert fitted.explained == pytest.approx(1)
-    noise = torch.randn(8, 2, 4, 4, generator=generator)
-    assert LinearMap.fit(noise, y).explained < 0.2
 
 
 @torch.no_grad()
@@ -39,8 +36,7 @@ def test_moved_unet_predicts_the_same_in_rotated_latents():
     new.patch_in.bias.copy_(rotation @ old.patch_in.bias)
     unet = networks.small_unet()
     moved = deepcopy(unet)
-    to_old, to_new = move_unet(moved, old, new, images)
-    assert to_old.explained == pytest.approx(1) and to_new.explained == pytest.approx(1)
+    move_unet(moved, old, new, images)
 
     def predict(network, x):
         added = {"text_embeds": torch.zeros(2, 128), "time_ids": torch.zeros(2, 6)}

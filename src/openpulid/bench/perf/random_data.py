@@ -9,6 +9,7 @@ from openpulid.faces.align import TEMPLATE
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.faces.face import Face
 from openpulid.faces.miniature import RECOGNITION_MODELS
+from openpulid.methods.level_mapper import NUM_LEVELS
 from openpulid.methods.pulid import PuLID, PuLIDFlux
 from openpulid.training import StepRNG
 from openpulid.training.pulid import BaseModel, Batch
@@ -45,7 +46,7 @@ class RandomPeople:
         latents = rng.randn((self.size, *self.base.latent_shape(self.pixels)), "latents")
         hidden = [
             rng.randn((self.size, self.tokens, self.hidden_width), f"hidden.{level}")
-            for level in range(5)
+            for level in range(NUM_LEVELS)
         ]
         images = rng.rand((self.size, 3, 128, 128), "pictures")
         embeddings = rng.randn((self.size, self.width), "id")

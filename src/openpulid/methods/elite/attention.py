@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from openpulid.errors import OptionError
 from openpulid.methods.adapter import check_projections_are_called, resident_weight
 from openpulid.methods.elite.encoders import Mapper, Mappers
-from openpulid.methods.tuned.custom_diffusion import delta_hook
+from openpulid.methods.lora import delta_hook
 
 Rows = Sequence[tuple[int, Sequence[int]] | None]
 """Per row of the batch the entry that it shows and the positions of its word; None for no one."""
@@ -42,7 +42,6 @@ def hook_attention(
     rows: Callable[[], Rows],
     scale: float = 1.0,
     local_scale: float = 0.8,
-    is_maximum_shared: bool = False,
 ) -> Iterator[None]:
     """Register ELITE's attention while the context is open.
 
@@ -53,7 +52,6 @@ def hook_attention(
         rows: of the current call. Nothing changes in a call without a row that shows an identity.
         scale: weight of the change of the text's keys and values, which all rows get.
         local_scale: weight of the local attention (the authors' lambda).
-        is_maximum_shared: see `attend_locally`.
     """
     local = mappers.local_mapper
     with ExitStack() as stack:
@@ -75,7 +73,6 @@ def hook_attention(
                     layer.heads,
                     local_scale,
                     rows,
-                    is_maximum_shared,
                 )
                 for handle in attention.register(layer):
                     stack.callback(handle.remove)
@@ -91,7 +88,6 @@ class LocalAttention:
         num_heads: of the layer.
         scale: weight of the local attention.
         rows: returns those of the current call.
-        is_maximum_shared: see `attend_locally`.
         query: (B, L, D) between the hooks of a call.
         key: (B, T, D) of the text, likewise.
     """
@@ -101,7 +97,6 @@ class LocalAttention:
     num_heads: int
     scale: float
     rows: Callable[[], Rows]
-    is_maximum_shared: bool = False
     query: Tensor | None = None
     key: Tensor | None = None
 
@@ -139,7 +134,6 @@ class LocalAttention:
             (self.keys.to(query)[entries], self.values.to(query)[entries]),
             positions,
             self.num_heads,
-            self.is_maximum_shared,
         )
         return (torch.add(text, local.to(text.dtype), alpha=self.scale), *args[1:])
 
@@ -150,12 +144,11 @@ def attend_locally(
     local: tuple[Tensor, Tensor],
     positions: Sequence[int],
     num_heads: int,
-    is_maximum_shared: bool = False,
 ) -> Tensor:
     """Attend to local tokens where the image attends to the word.
 
-    A position is weighted by its attention to the word over the largest one. The maximum is that of
-    all positions and heads of an image, so that an image does not depend on the rest of its batch.
+    A position is weighted by its attention to the word over the largest one, see
+    `find_largest_weight`.
 
     Args:
         query: (B, L, D).
@@ -163,7 +156,6 @@ def attend_locally(
         local: keys and values (B, N, D).
         positions: B positions of the word among the T tokens.
         num_heads: of the layer.
-        is_maximum_shared: one maximum for the whole batch, as in the authors' code.
 
     Returns:
         (B, L, D).
@@ -174,10 +166,23 @@ def attend_locally(
     scores = query.float() @ key.float().transpose(-2, -1) * query.shape[-1] ** -0.5
     rows = torch.arange(len(query), device=query.device)
     word = scores.softmax(-1)[rows, :, :, list(positions)]  # (B, heads, L)
-    dims = (0, 1, 2) if is_maximum_shared else (1, 2)
-    weight = (word / word.amax(dims, keepdim=True)).to(query.dtype)
+    weight = (word / find_largest_weight(word)).to(query.dtype)
     attended = scaled_dot_product_attention(query, *keys_values) * weight[..., None]
     return attended.transpose(1, 2).flatten(2)
+
+
+def find_largest_weight(word: Tensor) -> Tensor:
+    """Find the largest attention to the word of each image, over all heads and positions.
+
+    The authors' code has one maximum for the whole batch, so that an image depends on the others.
+
+    Args:
+        word: (B, heads, L), attention to the word.
+
+    Returns:
+        (B, 1, 1).
+    """
+    return word.amax((1, 2), keepdim=True)
 
 
 def _project(mapper: Mapper, layer: str, kind: str, tokens: Tensor) -> Tensor:

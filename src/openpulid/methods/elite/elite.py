@@ -17,7 +17,7 @@ from torch import Tensor
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.io.checkpoint_kinds import ELITE_MAPPERS, CheckpointKind
-from openpulid.io.checkpoints import read_tensors
+from openpulid.io.checkpoints import group_tensors, read_tensors
 from openpulid.methods.elite.attention import find_layers, hook_attention
 from openpulid.methods.elite.encoders import Mapper, Mappers
 from openpulid.methods.elite.fusion import ImageWordFusion
@@ -72,10 +72,7 @@ class ELITE(PromptAdapter):
             if local != Path(path) and local.is_file():
                 parts[LOCAL] = read_tensors(local)
         else:
-            parts = {}
-            for name, tensor in tensors.items():
-                part, _, key = name.partition(".")
-                parts.setdefault(part, {})[key] = tensor
+            parts = group_tensors(tensors)
         unknown = sorted(set(parts) - {GLOBAL, LOCAL})
         if unknown or GLOBAL not in parts:
             problem = f"it has {unknown[0]}" if unknown else f"it has no {GLOBAL}"

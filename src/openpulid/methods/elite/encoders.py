@@ -8,7 +8,7 @@ Shapes: n images, N patches, S width of the vision encoder, D width of the text.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from accelerate import init_empty_weights
@@ -18,23 +18,6 @@ from torch.nn.functional import interpolate
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoints import explain_bad_weights, load_state
 from openpulid.methods.level_mapper import LevelMapper, read_levels
-
-LEVELS = (-1, 4, 8, 12, 16)
-"""Levels of CLIP-L that the published mappers read, the last one first."""
-
-
-def encode_levels(encoder: Any, pixels: Tensor) -> list[Tensor]:
-    """Encode images with a vision encoder as the published mappers read them.
-
-    Args:
-        encoder: a CLIP vision encoder of transformers.
-        pixels: (n, 3, H, W), normalized for CLIP.
-
-    Returns:
-        Five states (n, 1 + N, S), without the final layer norm.
-    """
-    states = encoder(pixels, output_hidden_states=True).hidden_states
-    return [states[level] for level in LEVELS]
 
 
 class Mapper(LevelMapper):
@@ -103,17 +86,17 @@ class Mappers(nn.Module):
     Args:
         global_mapper: words, and keys and values of the text.
         local_mapper: local tokens, and their keys and values; None for the words alone.
+
+    Attributes:
         num_words: words of the prompt that stand for an image, 1 or 5. The first is that of the
             encoder's last level; the authors use it alone with local tokens.
     """
 
-    def __init__(
-        self, global_mapper: Mapper, local_mapper: Mapper | None = None, num_words: int = 1
-    ) -> None:
+    def __init__(self, global_mapper: Mapper, local_mapper: Mapper | None = None) -> None:
         super().__init__()
         self.global_mapper = global_mapper
         self.local_mapper = local_mapper
-        self.num_words = num_words
+        self.num_words = 1
 
     def encode_words(self, identity: Identity) -> Tensor:
         """Compute the words of an identity, (num_words, D); images are averaged.

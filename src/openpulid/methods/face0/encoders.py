@@ -13,19 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from openpulid.errors import WeightsError
-from openpulid.io.checkpoints import explain_bad_weights
+from openpulid.io.checkpoints import explain_bad_weights, group_tensors, read_tensors
 from openpulid.methods.hooks import find_unet
-from openpulid.methods.ip_adapter import read_parts
-from openpulid.methods.lora import check_low_rank, parse_lora
+from openpulid.methods.lora import LoraMatrices, check_lora, parse_lora
 from openpulid.methods.second_attention import load_networks
 
 NUM_TOKENS = 3
 
 PARTS = ("face_mlp", "lora_weights")
 """Of a file. The LoRA may be missing."""
-
-LoraMatrices = dict[str, tuple[Tensor, Tensor]]
-"""Name of a layer of the U-Net -> down (rank, in) and up (out, rank)."""
 
 
 class FaceMLP(nn.Sequential):
@@ -102,7 +98,7 @@ def load_file(path: str | os.PathLike[str]) -> tuple[FaceMLP, LoraMatrices]:
     Raises:
         WeightsError: the file is missing or damaged, or has other parts.
     """
-    parts = read_parts(path)
+    parts = group_tensors(read_tensors(path))
     if not set(parts) <= set(PARTS):
         raise WeightsError(
             f"a file of Face0 has the parts {' and '.join(PARTS)}; {path} has {', '.join(parts)}."
@@ -127,7 +123,4 @@ def check_networks(target: Any, mlp: FaceMLP, lora: LoraMatrices) -> None:
             f"this adapter has text tokens of width {mlp.token_width}, and this U-Net reads tokens "
             f"of width {width}; use a file that was trained on this base model."
         )
-    for name, (down, up) in lora.items():
-        with explain_bad_weights("this adapter was trained for another base model"):
-            layer = unet.get_submodule(name)
-        check_low_rank(layer, down, up)
+    check_lora(unet, lora)

@@ -16,9 +16,10 @@ from torch import Tensor
 from openpulid.errors import IdentityError
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoint_kinds import FACE0, CheckpointKind
-from openpulid.methods.face0.encoders import FaceMLP, LoraMatrices, check_networks, load_file
+from openpulid.methods.face0.encoders import FaceMLP, check_networks, load_file
 from openpulid.methods.face0.guidance import FaceGuidance, FaceTokens
 from openpulid.methods.hooks import PipelineState, Span
+from openpulid.methods.lora import LoraMatrices, move_lora
 from openpulid.methods.person_adapter import PersonAdapter, list_identities
 
 
@@ -51,8 +52,7 @@ class Face0(PersonAdapter[FaceMLP]):
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Face0:
         """Move the MLP and the low-rank matrices to a device and dtype."""
-        for name, (down, up) in self.lora.items():
-            self.lora[name] = (down.to(device, dtype), up.to(device, dtype))
+        move_lora(self.lora, device, dtype)
         return super().to(device, dtype)
 
     def check(self, target: Any) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from openpulid.errors import OptionError
 from openpulid.methods.adapter import check_projections_are_called, exclusive_use
-from openpulid.methods.face0.encoders import LoraMatrices, combine_predictions, overwrite_text
+from openpulid.methods.face0.encoders import combine_predictions, overwrite_text
 from openpulid.methods.hooks import HookResult, PipelineState, Span, UNetCall, expand_per_image
-from openpulid.methods.lora import low_rank_hook
+from openpulid.methods.lora import LoraMatrices, low_rank_hook
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,9 @@ import os
 from collections.abc import Mapping
 
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from openpulid.identity.clip_extractor import clip_config
-from openpulid.identity.eva_clip import normalize_for_clip
 from openpulid.io.checkpoints import explain_bad_weights, load_state, read_tensors
 from openpulid.methods.photomaker.encoders import FuseModule, read_vision_config
 
@@ -86,21 +84,3 @@ class FastComposerEncoder(nn.Module):
         pooled = self.image_encoder.vision_model.post_layernorm(states[:, 0])
         tokens: Tensor = self.image_encoder.visual_projection(pooled)
         return tokens
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Compute one token per image, as the authors read reference images.
-
-        Args:
-            images: (n, 3, H, W) in [0, 1]. They are padded to squares with black.
-
-        Returns:
-            (n, D).
-        """
-        height, width = images.shape[-2:]
-        side = max(height, width)
-        top, left = (side - height) // 2, (side - width) // 2
-        square = pad(images, (left, side - width - left, top, side - height - top))
-        size = self.image_encoder.config.image_size
-        resized = interpolate(square, (size, size), mode="bilinear", antialias=True)
-        pixels = normalize_for_clip(resized)
-        return self.encode(self.image_encoder(pixels, output_hidden_states=True).hidden_states[-1])

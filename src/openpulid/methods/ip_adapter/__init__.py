@@ -1,6 +1,6 @@
 """IP-Adapter and the methods that share its layers: FaceID and InstantID."""
 
-from openpulid.methods.ip_adapter.base import IPAdapterBase, read_parts
+from openpulid.methods.ip_adapter.base import IPAdapterBase
 from openpulid.methods.ip_adapter.export import (
     export_adapter,
     projection_state,
@@ -17,6 +17,5 @@ __all__ = [
     "build_resampler",
     "export_adapter",
     "projection_state",
-    "read_parts",
     "trainable_layers",
 ]

@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoint_kinds import IP_ADAPTER, RESAMPLER, CheckpointKind
-from openpulid.io.checkpoints import explain_bad_weights, read_tensors
+from openpulid.io.checkpoints import (
+    TensorGroups,
+    explain_bad_weights,
+    group_tensors,
+    read_tensors,
+)
 from openpulid.methods.adapter import Adapter, check_projections_are_called, exclusive_use
 from openpulid.methods.hooks import (
     HookResult,
@@ -33,7 +38,6 @@ from openpulid.methods.hooks import (
     move_to,
 )
 from openpulid.methods.ip_adapter.processors import (
-    AdapterFile,
     IPAdapterLayers,
     build_layers,
     install_layers,
@@ -57,7 +61,7 @@ class IPAdapterBase(Adapter):
     scale: ClassVar[float] = 1.0
     kinds: ClassVar[tuple[CheckpointKind, ...]] = (IP_ADAPTER, RESAMPLER)
 
-    def __init__(self, parts: AdapterFile) -> None:
+    def __init__(self, parts: TensorGroups) -> None:
         super().__init__()
         if set(parts) != {"image_proj", "ip_adapter"} or not all(parts.values()):
             raise WeightsError(
@@ -77,7 +81,7 @@ class IPAdapterBase(Adapter):
             WeightsError: The file does not exist, or is another kind of adapter.
         """
         cls.check_file(path)
-        return cls(read_parts(path))
+        return cls(group_tensors(read_tensors(path)))
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> IPAdapterBase:
         """Move the low-rank matrices. What diffusers builds from the file follows the U-Net."""
@@ -244,19 +248,6 @@ class IPAdapterBase(Adapter):
                 low_rank = low_rank_hook(down, up, lambda: current_scale != 0)
                 hooks.callback(module.register_forward_hook(low_rank).remove)
             yield
-
-
-def read_parts(path: str | os.PathLike[str]) -> AdapterFile:
-    """Read a published file and group its tensors by part.
-
-    Raises:
-        WeightsError: The file does not exist, or cannot be read.
-    """
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in read_tensors(path).items():
-        part, _, key = name.partition(".")
-        parts.setdefault(part, {})[key] = tensor
-    return parts
 
 
 def cat_or_none(tensors: Sequence[Tensor | None]) -> Tensor | None:

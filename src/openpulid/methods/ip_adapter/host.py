@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 import torch
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear
 
 from openpulid.errors import WeightsError
 from openpulid.identity.identity import Identity
-from openpulid.io.checkpoints import explain_bad_weights
+from openpulid.io.checkpoints import TensorGroups, explain_bad_weights
 from openpulid.methods.host import Grid, HostIdentity, select_rows
 from openpulid.methods.ip_adapter.base import IPAdapterBase
-from openpulid.methods.ip_adapter.processors import AdapterFile, build_layers
+from openpulid.methods.ip_adapter.processors import build_layers
+from openpulid.methods.second_attention import attend
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -95,16 +96,12 @@ class IPAdapterHostIdentity(HostIdentity):
         """
 
         def place() -> KeyValue:
-            keys, values = (
-                x.to(query.device, query.dtype).unflatten(-1, (num_heads, -1)).transpose(1, 2)
-                for x in self.keys_values[key]
-            )
+            keys, values = (x.to(query.device, query.dtype) for x in self.keys_values[key])
             return keys, values
 
         pair = self.placed.get((key, query.device, query.dtype), place)
         keys, values = (select_rows(x, is_negative) for x in pair)
-        heads = query.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-        added = scaled_dot_product_attention(heads, keys, values).transpose(1, 2).flatten(2)
+        added = attend(query, keys, values, num_heads)
         region = self.region(grid, query, num_images)
         if region is not None:
             added = added * region.to(added)
@@ -128,7 +125,7 @@ def compute_tokens(method: IPAdapterBase, identity: Identity) -> Tensor:
     return method.image_tokens(projection, identity)
 
 
-def build_projection(parts: AdapterFile) -> nn.Module:
+def build_projection(parts: TensorGroups) -> nn.Module:
     """Build the projection of an IP-Adapter file with diffusers.
 
     `load_ip_adapter` builds it together with a U-Net's attention processors, so it gets a U-Net

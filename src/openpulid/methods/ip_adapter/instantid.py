@@ -19,6 +19,7 @@ from torch import Tensor
 from openpulid.errors import OptionError
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoint_kinds import RESAMPLER, CheckpointKind
+from openpulid.io.checkpoints import TensorGroups, group_tensors, read_tensors
 from openpulid.io.networks import load_network
 from openpulid.methods.controlnet import (
     add_residuals,
@@ -26,8 +27,7 @@ from openpulid.methods.controlnet import (
     find_adapter_files,
 )
 from openpulid.methods.hooks import PipelineState, UNetCall, expand_per_image, move_to
-from openpulid.methods.ip_adapter.base import IPAdapterBase, read_parts
-from openpulid.methods.ip_adapter.processors import AdapterFile
+from openpulid.methods.ip_adapter.base import IPAdapterBase
 
 COLORS = ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (255, 0, 255))
 """Left eye, right eye, nose and the corners of the mouth, as InstantID was trained."""
@@ -55,7 +55,7 @@ class InstantID(IPAdapterBase):
     scale: ClassVar[float] = 0.8
     kinds: ClassVar[tuple[CheckpointKind, ...]] = (RESAMPLER,)
 
-    def __init__(self, parts: AdapterFile, identity_net: ControlNetModel | None) -> None:
+    def __init__(self, parts: TensorGroups, identity_net: ControlNetModel | None) -> None:
         super().__init__(parts)
         self.identity_net = identity_net and identity_net.eval().requires_grad_(False)
         self.control_scale: float | None = None
@@ -78,7 +78,7 @@ class InstantID(IPAdapterBase):
         """
         cls.check_file(path)
         file, identity_net = cls._find_files(path)
-        return cls(read_parts(file), load_network(ControlNetModel, identity_net))
+        return cls(group_tensors(read_tensors(file)), load_network(ControlNetModel, identity_net))
 
     @classmethod
     def load_tokens(cls, path: str | os.PathLike[str]) -> InstantID:
@@ -88,7 +88,7 @@ class InstantID(IPAdapterBase):
             WeightsError: It does not exist, or is another kind of file.
         """
         super().check_file(path)
-        return cls(read_parts(path), None)
+        return cls(group_tensors(read_tensors(path)), None)
 
     @staticmethod
     def _find_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:

@@ -12,12 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusers.models.attention_processor import AttnProcessor2_0
-from torch import Tensor, nn
+from torch import nn
 
 from openpulid.errors import OptionError
-
-AdapterFile = Mapping[str, Mapping[str, Tensor]]
-"""A published file: {"image_proj": {...}, "ip_adapter": {...}}."""
+from openpulid.io.checkpoints import TensorGroups
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class IPAdapterLayers:
         return self.projection.image_projection_layers[0]  # type: ignore[index]
 
 
-def build_layers(pipe: Any, parts: AdapterFile) -> IPAdapterLayers:
+def build_layers(pipe: Any, parts: TensorGroups) -> IPAdapterLayers:
     """Build the layers with diffusers; the pipeline is as it was afterwards.
 
     Raises:

@@ -25,7 +25,7 @@ from openpulid.io.checkpoints import (
     parse_config,
     read_optional_metadata,
 )
-from openpulid.methods.pulid import PerceiverAttention
+from openpulid.methods.pulid.encoders import PerceiverAttention, build_feed_forward
 
 MAX_HEAD_DIM = 128
 """Width of an attention head of the resampler, or less in a smaller model."""
@@ -82,7 +82,7 @@ class Resampler(nn.Module):
         self.layers = nn.ModuleList()
         for _ in range(depth):
             attention = PerceiverAttention(dim, dim_head, dim // dim_head)
-            self.layers.append(nn.ModuleList([attention, _feed_forward(dim)]))
+            self.layers.append(nn.ModuleList([attention, build_feed_forward(dim, 4)]))
 
     def forward(self, tokens: Tensor, states: Tensor) -> Tensor:
         """Update tokens (n, k, dim) by states (n, 1 + N, S); returns (n, k, dim)."""
@@ -138,7 +138,6 @@ class PhotoMakerEncoder(CLIPVisionModelWithProjection):
             config.hidden_size, width - config.projection_dim, bias=False
         )
         self.fuse_module = FuseModule(width)
-        self.tokens_per_image = num_tokens
         self.face_dim = face_dim
         if face_dim:
             self.qformer_perceiver = QFormerPerceiver(
@@ -210,12 +209,3 @@ def _read_sizes(tensors: Mapping[str, Tensor]) -> tuple[int, int, int]:
         return width, 0, 1
     last = tensors["qformer_perceiver.token_proj.2.weight"]
     return width, first.shape[1], last.shape[0] // width
-
-
-def _feed_forward(dim: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.LayerNorm(dim),
-        nn.Linear(dim, 4 * dim, bias=False),
-        nn.GELU(),
-        nn.Linear(4 * dim, dim, bias=False),
-    )

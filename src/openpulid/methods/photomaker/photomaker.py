@@ -15,8 +15,7 @@ from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.clip_extractor import ClipExtractor, FaceRecognition
 from openpulid.identity.detection import FaceDetection
 from openpulid.io.checkpoint_kinds import PHOTOMAKER, CheckpointKind
-from openpulid.io.checkpoints import explain_bad_weights
-from openpulid.methods.ip_adapter import read_parts
+from openpulid.io.checkpoints import explain_bad_weights, group_tensors, read_tensors
 from openpulid.methods.photomaker.encoders import PhotoMakerEncoder, read_vision_config
 from openpulid.methods.photomaker.fusion import RepeatedWordFusion
 from openpulid.methods.prompt_adapter import PromptAdapter
@@ -52,7 +51,7 @@ class PhotoMaker(PromptAdapter):
             WeightsError: The file does not exist, or is another kind of adapter.
         """
         cls.check_file(path)
-        parts = read_parts(path)
+        parts = group_tensors(read_tensors(path))
         if set(parts) != {"id_encoder", "lora_weights"}:
             raise WeightsError(
                 "a PhotoMaker file has the parts id_encoder and lora_weights; "

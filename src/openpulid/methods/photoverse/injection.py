@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from openpulid.errors import OptionError, WeightsError
-from openpulid.methods.adapter import exclusive_use
+from openpulid.errors import WeightsError
+from openpulid.methods.adapter import check_text_encoders, exclusive_use
 from openpulid.methods.hooks import PipelineState, Span, find_unet
 from openpulid.methods.photoverse.attention import Fusion, open_attention
 from openpulid.methods.photoverse.encoders import PhotoVerseNetworks
@@ -29,11 +29,7 @@ def check_pipeline(target: Any, networks: PhotoVerseNetworks) -> None:
         WeightsError: the networks were trained for another base model.
     """
     unet = find_unet(target)
-    if getattr(target, "text_encoder_2", None) is None:
-        raise OptionError(
-            f"{type(target).__name__} does not have SDXL's two text encoders; "
-            "attach PhotoVerse to a StableDiffusionXL pipeline."
-        )
+    check_text_encoders(target)
     shapes = {
         key: tuple(layer.get_parameter("to_k_visual.weight").shape)
         for key, layer in networks.cross_attention.items()

@@ -1,6 +1,6 @@
 """PuLID (arXiv 2404.16022): an identity encoder and an identity attention next to the text's."""
 
-from openpulid.methods.pulid.encoders import ENCODERS, IDEncoder, IDFormer, PerceiverAttention
+from openpulid.methods.pulid.encoders import ENCODERS, IDEncoder, IDFormer
 from openpulid.methods.pulid.flux import PuLIDFlux, delay_guidance
 from openpulid.methods.pulid.flux_transfer import transfer_adapter
 from openpulid.methods.pulid.masks import (
@@ -23,7 +23,6 @@ __all__ = [
     "IDFormer",
     "Mask",
     "People",
-    "PerceiverAttention",
     "Projection",
     "PuLID",
     "PuLIDFlux",

@@ -25,7 +25,8 @@ from openpulid.io.checkpoints import (
 )
 from openpulid.io.hub import AURAFACE
 from openpulid.methods.adapter import Adapter
-from openpulid.methods.pulid.encoders import LEVELS, IDEncoder, IDFormer
+from openpulid.methods.level_mapper import NUM_LEVELS
+from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.masks import Person, encode_people
 
 
@@ -198,9 +199,9 @@ class PuLIDBase(Adapter, nn.Module):
         width = self.encoder.config["width"]
         level_width = self.encoder.config["vit_dim"]
         level_widths = [level.shape[-1] for level in hidden]
-        if id_cond.shape[-1] != width or level_widths != [level_width] * LEVELS:
+        if id_cond.shape[-1] != width or level_widths != [level_width] * NUM_LEVELS:
             raise IdentityError(
-                f"this adapter reads embeddings of width {width} and {LEVELS} levels of width "
+                f"this adapter reads embeddings of width {width} and {NUM_LEVELS} levels of width "
                 f"{level_width}; this identity has {id_cond.shape[-1]} and "
                 f"{', '.join(map(str, level_widths)) or 'none'}; "
                 "create it again with this adapter's preset."

@@ -18,21 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-LEVELS = 5
-"""Number of hidden levels of the vision encoder that are read, from fine to abstract."""
-
-
-def mlp(width_in: int, first: int, second: int, width_out: int) -> nn.Sequential:
-    """Build three linear layers with LayerNorm and LeakyReLU in between."""
-    return nn.Sequential(
-        nn.Linear(width_in, first),
-        nn.LayerNorm(first),
-        nn.LeakyReLU(),
-        nn.Linear(first, second),
-        nn.LayerNorm(second),
-        nn.LeakyReLU(),
-        nn.Linear(second, width_out),
-    )
+from openpulid.methods.level_mapper import NUM_LEVELS, mlp
 
 
 def add_image_axis(id_cond: Tensor) -> Tensor:
@@ -72,7 +58,7 @@ class IDEncoder(nn.Module):
         first = min(token_dim // 4, hidden_dim)
         second = min(token_dim // 2, hidden_dim)
         self.body = mlp(width, first, second, token_dim)
-        for level in range(LEVELS):
+        for level in range(NUM_LEVELS):
             for name in ("mapping", "mapping_patch"):
                 self.add_module(
                     f"{name}_{level}", mlp(vit_dim, hidden_dim, hidden_dim, context_dim)
@@ -146,6 +132,16 @@ class PerceiverAttention(nn.Module):
         return self.to_out(rearrange(scaled_dot_product_attention(q, k, v), "b h t d -> b t (h d)"))
 
 
+def build_feed_forward(dim: int, mult: int) -> nn.Sequential:
+    """Build the feed-forward network of a layer; its hidden width is `mult` times `dim`."""
+    return nn.Sequential(
+        nn.LayerNorm(dim),
+        nn.Linear(dim, dim * mult, bias=False),
+        nn.GELU(),
+        nn.Linear(dim * mult, dim, bias=False),
+    )
+
+
 class IDFormer(nn.Module):
     """The encoder of v1.1 and FLUX.
 
@@ -180,9 +176,9 @@ class IDFormer(nn.Module):
         hidden_dim: int = 1024,
     ) -> None:
         super().__init__()
-        if depth % LEVELS:
+        if depth % NUM_LEVELS:
             raise ValueError(
-                f"depth must be a multiple of {LEVELS}, the number of levels; got {depth}."
+                f"depth must be a multiple of {NUM_LEVELS}, the number of levels; got {depth}."
             )
         self.config: dict[str, Any] = {
             "dim": dim,
@@ -202,10 +198,12 @@ class IDFormer(nn.Module):
         self.latents = nn.Parameter(torch.randn(1, num_queries, dim) * dim**-0.5)
         self.proj_out = nn.Parameter(torch.randn(dim, output_dim) * dim**-0.5)
         self.layers = nn.ModuleList(
-            nn.ModuleList([PerceiverAttention(dim, dim_head, heads), _feed_forward(dim, ff_mult)])
+            nn.ModuleList(
+                [PerceiverAttention(dim, dim_head, heads), build_feed_forward(dim, ff_mult)]
+            )
             for _ in range(depth)
         )
-        for level in range(LEVELS):
+        for level in range(NUM_LEVELS):
             self.add_module(f"mapping_{level}", mlp(vit_dim, hidden_dim, hidden_dim, dim))
         self.id_embedding_mapping = mlp(width, hidden_dim, hidden_dim, dim * num_id_token)
 
@@ -222,7 +220,7 @@ class IDFormer(nn.Module):
         identity = self.id_embedding_mapping(add_image_axis(id_cond))
         identity = rearrange(identity, "b n (t d) -> b (n t) d", t=self.num_id_token)
         latents = torch.cat([self.latents.expand(len(identity), -1, -1), identity], dim=1)
-        per_level = len(self.layers) // LEVELS
+        per_level = len(self.layers) // NUM_LEVELS
         for index, layer in enumerate(self.layers):
             attention, feed_forward = cast(nn.ModuleList, layer)
             if index % per_level == 0:
@@ -239,15 +237,6 @@ class IDFormer(nn.Module):
         embedding = id_cond.new_zeros(1, id_cond.shape[-1])
         levels = [torch.zeros_like(x[:1, : x.shape[1] // num_images]) for x in hidden]
         return self(embedding, levels)
-
-
-def _feed_forward(dim: int, mult: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.LayerNorm(dim),
-        nn.Linear(dim, dim * mult, bias=False),
-        nn.GELU(),
-        nn.Linear(dim * mult, dim, bias=False),
-    )
 
 
 ENCODERS: dict[str, type[IDEncoder] | type[IDFormer]] = {

@@ -1,12 +1,7 @@
 """Methods that are tuned on images of one person, who is then in the method's file."""
 
 from openpulid.methods.tuned.base import TunedAdapter
-from openpulid.methods.tuned.custom_diffusion import (
-    CustomDiffusion,
-    compress,
-    detach_first_token,
-    merge_matrices,
-)
+from openpulid.methods.tuned.custom_diffusion import CustomDiffusion, detach_first_token
 from openpulid.methods.tuned.dreambooth import DreamBooth
 from openpulid.methods.tuned.lora import PARTS, TunedLora
 from openpulid.methods.tuned.textual_inversion import TextualInversion
@@ -27,10 +22,8 @@ __all__ = [
     "Trigger",
     "TunedAdapter",
     "TunedLora",
-    "compress",
     "detach_first_token",
     "encoder_words",
     "find_token",
-    "merge_matrices",
     "read_words",
 ]

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
-from openpulid.io.checkpoints import explain_bad_weights
+from openpulid.io.checkpoints import explain_bad_weights, save_tensors
 from openpulid.methods.adapter import Adapter, exclusive_use
 from openpulid.methods.hooks import (
     HookResult,
@@ -47,6 +48,28 @@ class TunedAdapter(Adapter):
             metadata: further entries, such as the facts of the training.
         """
         raise NotImplementedError
+
+    def _write(
+        self,
+        path: str | os.PathLike[str],
+        method: str,
+        tensors: Mapping[str, Tensor],
+        dtype: torch.dtype,
+        metadata: Mapping[str, Any] | None,
+    ) -> None:
+        """Write a file whose metadata name the method and the trigger.
+
+        Args:
+            path: the file.
+            method: name of the method.
+            tensors: by their names in the file.
+            dtype: dtype in which they are stored.
+            metadata: further entries.
+        """
+        stored = {name: x.detach().to("cpu", dtype).contiguous() for name, x in tensors.items()}
+        entries = {"method": method} | (self.trigger.metadata() if self.trigger else {})
+        entries |= {name: str(value) for name, value in (metadata or {}).items()}
+        save_tensors(stored, path, entries)
 
     def open_hooks(
         self, state: PipelineState, scale: float, call: ActiveCall, stack: ExitStack

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from openpulid.errors import OptionError, WeightsError
+from openpulid.errors import WeightsError
 from openpulid.io.checkpoint_kinds import CUSTOM_DIFFUSION, CheckpointKind
 from openpulid.io.checkpoints import (
     explain_bad_weights,
     read_optional_metadata,
     read_tensors,
-    save_tensors,
 )
 from openpulid.methods.adapter import check_projections_are_called, resident_weight
 from openpulid.methods.hooks import PipelineState, find_unet
+from openpulid.methods.lora import delta_hook, shift_hook
 from openpulid.methods.tuned.base import ActiveCall, TunedAdapter, check_weights, find_parameter
 from openpulid.methods.tuned.words import ENCODERS, Trigger, encoder_words, read_words
-
-KEPT_SHARE = 0.6
-"""Share of the singular values that a compressed file keeps, as the authors choose it."""
 
 _UNET = "unet."
 _WORD = "modifier_token."
@@ -39,8 +35,8 @@ class CustomDiffusion(TunedAdapter):
         matrices: name of the weight in the U-Net -> its value, (out, in) each.
         vectors: "clip_l" and "clip_g" -> (1, D); empty if no word was tuned.
         trigger: the word; None if the file names none.
-        factors: name of a weight -> u (out, r) and v (r, in) of a compressed file, see `compress`;
-            their product is added to the base's matrix.
+        factors: name of a weight -> u (out, r) and v (r, in) of a compressed file; their product is
+            added to the base's matrix.
     """
 
     kinds: ClassVar[tuple[CheckpointKind, ...]] = (CUSTOM_DIFFUSION,)
@@ -93,12 +89,7 @@ class CustomDiffusion(TunedAdapter):
         for name, pair in self.factors.items():
             tensors |= {_UNET + name + part: x for part, x in zip(_FACTORS, pair, strict=True)}
         tensors |= {_WORD + name: x[0] for name, x in self.vectors.items()}
-        stored = {
-            name: x.detach().to("cpu", torch.float16).contiguous() for name, x in tensors.items()
-        }
-        facts = {"method": "custom-diffusion"}
-        facts |= {} if self.trigger is None else self.trigger.metadata()
-        save_tensors(stored, path, facts | {k: str(v) for k, v in (metadata or {}).items()})
+        self._write(path, "custom-diffusion", tensors, torch.float16, metadata)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> CustomDiffusion:
         """Move matrices and word to a device and dtype."""
@@ -150,34 +141,6 @@ class CustomDiffusion(TunedAdapter):
         return self.matrices[name].to(weight.device, torch.float32) - weight.float()
 
 
-def delta_hook(delta: Tensor, is_active: Callable[[], bool]) -> Any:
-    """Create a forward hook that adds delta x to the output of a linear layer.
-
-    Args:
-        delta: (out, in).
-        is_active: read in each call.
-    """
-
-    def add_delta(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return output + linear(args[0], delta.to(args[0])) if is_active() else None
-
-    return add_delta
-
-
-def shift_hook(delta: Tensor, is_active: Callable[[], bool]) -> Any:
-    """Create a forward hook that adds delta (out,) to the output of a layer.
-
-    Args:
-        delta: the difference of a bias.
-        is_active: read in each call.
-    """
-
-    def add_delta(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return output + delta.to(output) if is_active() else None
-
-    return add_delta
-
-
 def detach_first_token(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
     """Stop the gradient of the begin token's key or value (forward hook of `to_k` and `to_v`).
 
@@ -189,45 +152,3 @@ def detach_first_token(module: nn.Module, args: tuple[Any, ...], output: Tensor)
         output: (B, T, D).
     """
     return torch.cat([output[:, :1].detach(), output[:, 1:]], 1)
-
-
-def compress(delta: Tensor, share: float = KEPT_SHARE) -> tuple[Tensor, Tensor]:
-    """Return factors u (out, r) and v (r, in) of a matrix, as the authors compress their files.
-
-    The rank r is the number of largest singular values whose sum is below `share` of the sum of
-    all; the value that passes it is not kept, so r can be 0.
-
-    Args:
-        delta: (out, in), the difference to the base's matrix.
-        share: see above.
-
-    Raises:
-        OptionError: the share is not between 0 and 1.
-    """
-    if not 0 < share <= 1:
-        raise OptionError(f"the share of the singular values must be from 0 to 1, got {share}.")
-    u, values, v = torch.linalg.svd(delta.double(), full_matrices=False)
-    passed = values.cumsum(0) / values.sum() < share
-    rank = int(passed.sum())
-    return (u[:, :rank] * values[:rank]).to(delta), v[:rank].to(delta)
-
-
-def merge_matrices(base: Tensor, regularization: Tensor, targets: Tensor, values: Tensor) -> Tensor:
-    """Return one matrix for several concepts, in closed form (arXiv 2212.04488, section 3.3).
-
-    W = W_0 + (V^T - W_0 T^T) (D T^T)^-1 D with D = T C^-1 and C = K^T K: the targets give the
-    values, and what the regularization text gives changes least.
-
-    Args:
-        base: (out, in), the base's matrix W_0.
-        regularization: (N, in) text states K of other captions.
-        targets: (M, in) text states T of the concepts' words.
-        values: (M, out) outputs V of each concept's own matrix for its words.
-
-    Returns:
-        (out, in).
-    """
-    weight, keys, words = base.double(), regularization.double(), targets.double()
-    directions = torch.linalg.solve(keys.T @ keys, words.T).T  # (M, in)
-    error = values.double().T - weight @ words.T  # (out, M)
-    return (weight + error @ torch.linalg.solve(directions @ words.T, directions)).to(base)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from openpulid.errors import OptionError
 from openpulid.io.checkpoint_kinds import UNET_ALONE, CheckpointKind
-from openpulid.io.checkpoints import read_optional_metadata, read_tensors, save_tensors
+from openpulid.io.checkpoints import read_optional_metadata, read_tensors
 from openpulid.methods.adapter import check_projections_are_called, resident_weight
 from openpulid.methods.hooks import PipelineState, find_unet
 from openpulid.methods.tuned.base import ActiveCall, TunedAdapter, check_weights, find_parameter
@@ -46,12 +46,7 @@ class DreamBooth(TunedAdapter):
 
     def save(self, path: str | os.PathLike[str], metadata: dict[str, Any] | None = None) -> None:
         """Write the weights in bfloat16 with the names of diffusers."""
-        tensors = {
-            name: x.detach().to("cpu", torch.bfloat16).contiguous()
-            for name, x in self.weights.items()
-        }
-        facts = {"method": "dreambooth"} | ({} if self.trigger is None else self.trigger.metadata())
-        save_tensors(tensors, path, facts | {k: str(v) for k, v in (metadata or {}).items()})
+        self._write(path, "dreambooth", self.weights, torch.bfloat16, metadata)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> DreamBooth:
         """Move the weights to a device and dtype."""

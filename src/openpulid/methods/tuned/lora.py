@@ -16,15 +16,18 @@ from torch import Tensor
 
 from openpulid.errors import WeightsError
 from openpulid.io.checkpoint_kinds import LORA, CheckpointKind
-from openpulid.io.checkpoints import explain_bad_weights, read_optional_metadata, save_tensors
+from openpulid.io.checkpoints import explain_bad_weights, read_optional_metadata
 from openpulid.methods.adapter import check_projections_are_called
 from openpulid.methods.hooks import PipelineState
-from openpulid.methods.lora import check_low_rank, low_rank_hook, parse_lora
+from openpulid.methods.lora import (
+    LoraMatrices,
+    check_low_rank,
+    low_rank_hook,
+    move_lora,
+    parse_lora,
+)
 from openpulid.methods.tuned.base import ActiveCall, TunedAdapter
 from openpulid.methods.tuned.words import Trigger
-
-LowRank = Mapping[str, tuple[Tensor, Tensor]]
-"""Name of a linear layer -> down (rank, in) and up (out, rank)."""
 
 SDXL_BLOCKS = SimpleNamespace(layers_per_block=2)
 """What diffusers reads of SDXL's configuration to convert kohya's names of blocks."""
@@ -45,7 +48,7 @@ class TunedLora(TunedAdapter):
 
     kinds: ClassVar[tuple[CheckpointKind, ...]] = (LORA,)
 
-    def __init__(self, layers: Mapping[str, LowRank], trigger: Trigger | None = None) -> None:
+    def __init__(self, layers: Mapping[str, LoraMatrices], trigger: Trigger | None = None) -> None:
         super().__init__(trigger)
         self.layers = {part: dict(layers.get(part, {})) for part in PARTS}
 
@@ -92,18 +95,12 @@ class TunedLora(TunedAdapter):
                 layer = f"{part}.{_published_name(part, name)}"
                 state[f"{layer}.lora_A.weight"] = down
                 state[f"{layer}.lora_B.weight"] = up
-        tensors = {
-            name: x.to("cpu", torch.float16).contiguous()
-            for name, x in convert_state_dict_to_kohya(state).items()
-        }
-        facts = {"method": "lora"} | ({} if self.trigger is None else self.trigger.metadata())
-        save_tensors(tensors, path, facts | {k: str(v) for k, v in (metadata or {}).items()})
+        self._write(path, "lora", convert_state_dict_to_kohya(state), torch.float16, metadata)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TunedLora:
         """Move the matrices to a device and dtype."""
         for layers in self.layers.values():
-            for name, (down, up) in layers.items():
-                layers[name] = (down.to(device, dtype), up.to(device, dtype))
+            move_lora(layers, device, dtype)
         return self
 
     def check(self, target: Any) -> None:

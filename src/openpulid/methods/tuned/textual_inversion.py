@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.io.checkpoint_kinds import EMBEDDING, CheckpointKind
-from openpulid.io.checkpoints import read_optional_metadata, read_tensors, save_tensors
+from openpulid.io.checkpoints import read_optional_metadata, read_tensors
 from openpulid.methods.hooks import PipelineState
 from openpulid.methods.tuned.base import ActiveCall, TunedAdapter
 from openpulid.methods.tuned.words import ENCODERS, Trigger, encoder_words, read_words
@@ -53,12 +53,7 @@ class TextualInversion(TunedAdapter):
     def save(self, path: str | os.PathLike[str], metadata: dict[str, Any] | None = None) -> None:
         """Write the embeddings in the one-file format of SDXL, which ComfyUI opens."""
         assert self.trigger is not None
-        tensors = {
-            name: x.detach().to("cpu", torch.float32).contiguous()
-            for name, x in self.vectors.items()
-        }
-        facts = {"method": "textual-inversion"} | self.trigger.metadata()
-        save_tensors(tensors, path, facts | {k: str(v) for k, v in (metadata or {}).items()})
+        self._write(path, "textual-inversion", self.vectors, torch.float32, metadata)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> TextualInversion:
         """Move the embeddings to a device and dtype."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from openpulid.errors import OptionError, WeightsError
+from openpulid.methods.adapter import check_text_encoders
 from openpulid.methods.hooks import HookResult
 
 ENCODERS = {"clip_l": "", "clip_g": "_2"}
@@ -188,11 +189,7 @@ def encoder_words(pipe: Any, word: str, vectors: Mapping[str, Tensor]) -> list[E
         OptionError: the pipeline is not one of SDXL, or has no such word.
         WeightsError: the vectors have another width.
     """
-    if getattr(pipe, "text_encoder_2", None) is None:
-        raise OptionError(
-            f"{type(pipe).__name__} does not have SDXL's two text encoders; use a "
-            "StableDiffusionXL pipeline."
-        )
+    check_text_encoders(pipe)
     words = []
     for name, suffix in ENCODERS.items():
         encoder = getattr(pipe, f"text_encoder{suffix}")

@@ -13,15 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from openpulid.errors import IdentityError
+from openpulid.identity.face_latents import LATENT_GROUPS, NUM_LATENTS
 from openpulid.identity.identity import Identity
 from openpulid.methods.pulid import cross_attentions
 from openpulid.methods.second_attention import attend, read_layer_shapes
-
-STYLES = 18
-"""Latents of one face."""
-
-SPLITS = (4, 4, 4, 6)
-"""How many latents become one token: coarse ones first."""
 
 
 class LatentProjection(nn.Module):
@@ -30,14 +26,14 @@ class LatentProjection(nn.Module):
     def __init__(self, width: int, token_width: int) -> None:
         super().__init__()
         self.width = width
-        for index, count in enumerate(SPLITS):
+        for index, count in enumerate(LATENT_GROUPS):
             layer = nn.Linear(count * width, token_width, bias=False)
             self.add_module(f"proj_{index}", layer)
         self.norm = nn.LayerNorm(token_width)
 
     def forward(self, latents: Tensor) -> Tensor:
         """Map (B, 18, W) to (B, 4, C)."""
-        groups = latents.split(SPLITS, dim=1)
+        groups = latents.split(LATENT_GROUPS, dim=1)
         tokens = [
             self.get_submodule(f"proj_{index}")(group.flatten(1))
             for index, group in enumerate(groups)
@@ -107,7 +103,7 @@ class WPlusNetworks(nn.Module):
         """Create the networks with the sizes of a file's tensors."""
         token_width, width = tensors["w_proj.proj_0.weight"].shape
         layers = read_layer_shapes(tensors, "wplus_adapter", "to_k_wplus.weight")
-        return cls(width // SPLITS[0], token_width, layers)
+        return cls(width // LATENT_GROUPS[0], token_width, layers)
 
     @classmethod
     def for_unet(cls, unet: Any, width: int = 512) -> WPlusNetworks:
@@ -120,6 +116,20 @@ class WPlusNetworks(nn.Module):
         return networks
 
 
-def read_latents(identity: Identity) -> Tensor:
-    """Return the latents (1, 18, W) of an identity; those of several images are averaged."""
-    return identity.id_cond.float().mean(1).unflatten(-1, (STYLES, -1))
+def read_latents(identity: Identity, width: int) -> Tensor:
+    """Return the latents (1, 18, W) of an identity; those of several images are averaged.
+
+    Args:
+        identity: holds the latents.
+        width: W.
+
+    Raises:
+        IdentityError: it has other features.
+    """
+    if identity.id_cond.shape[-1] != NUM_LATENTS * width or identity.hidden:
+        raise IdentityError(
+            "W+ Adapter reads latents of StyleGAN2, and this identity holds features for "
+            "another method; create it again from the reference images with "
+            "`pulid identify --method w-plus --adapter FILE`."
+        )
+    return identity.id_cond.float().mean(1).unflatten(-1, (NUM_LATENTS, width))

@@ -14,14 +14,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from openpulid.errors import IdentityError
 from openpulid.identity.identity import Identity
 from openpulid.io.checkpoint_kinds import W_PLUS, CheckpointKind
 from openpulid.methods.hooks import Span, find_unet
 from openpulid.methods.person_adapter import PersonAdapter, list_identities
 from openpulid.methods.second_attention import check_layers, load_networks
 from openpulid.methods.w_plus.attention import SLOT, open_attention
-from openpulid.methods.w_plus.encoders import STYLES, WPlusNetworks, read_latents
+from openpulid.methods.w_plus.encoders import WPlusNetworks, read_latents
 
 ORIGIN = (
     "the published files are for Stable Diffusion 1.5, and none is published for SDXL; use a file "
@@ -80,15 +79,8 @@ class WPlusAdapter(PersonAdapter[WPlusNetworks]):
             IdentityError: an identity holds no latents.
         """
         width = self.networks.w_proj.width
-        for identity in people:
-            if identity.id_cond.shape[-1] != STYLES * width or identity.hidden:
-                raise IdentityError(
-                    "W+ Adapter reads latents of StyleGAN2, and this identity holds features for "
-                    "another method; create it again from the reference images with "
-                    "`pulid identify --method w-plus --adapter FILE`."
-                )
         weight = self.networks.w_proj.norm.weight
-        latents = torch.cat([read_latents(identity) for identity in people]).to(weight)
+        latents = torch.cat([read_latents(identity, width) for identity in people]).to(weight)
         return self.encode_latents(latents)
 
     def encode_latents(self, latents: Tensor) -> Tensor:

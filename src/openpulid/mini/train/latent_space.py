@@ -31,12 +31,10 @@ class LinearMap:
     Attributes:
         weight: (D, C).
         bias: (D,).
-        explained: share of the variance of y that the map explains, 1 for an exact map.
     """
 
     weight: Tensor
     bias: Tensor
-    explained: float
 
     @classmethod
     def fit(cls, x: Tensor, y: Tensor) -> LinearMap:
@@ -47,18 +45,16 @@ class LinearMap:
             y: (N, D, h, w) latents of the same images.
         """
         inputs, targets = (latents.double().movedim(1, -1).flatten(0, -2) for latents in (x, y))
-        centered, wanted = inputs - inputs.mean(0), targets - targets.mean(0)
-        weight = torch.linalg.lstsq(centered, wanted).solution.T
-        error = wanted - centered @ weight.T
-        explained = 1 - (error.square().sum() / wanted.square().sum()).item()
+        solution = torch.linalg.lstsq(inputs - inputs.mean(0), targets - targets.mean(0)).solution
+        weight = solution.T
         bias = targets.mean(0) - weight @ inputs.mean(0)
-        return cls(weight.float(), bias.float(), explained)
+        return cls(weight.float(), bias.float())
 
 
 @torch.no_grad()
 def move_unet(
     unet: UNet2DConditionModel, old: PatchAutoencoderKL, new: PatchAutoencoderKL, images: Tensor
-) -> tuple[LinearMap, LinearMap]:
+) -> None:
     """Change the first and the last layer of a U-Net from one latent space to another, in place.
 
     The biases of the maps are left out. They would be exact for an image without noise only, and
@@ -69,9 +65,6 @@ def move_unet(
         old: the autoencoder on whose latents the U-Net was trained.
         new: the autoencoder on whose latents it will be trained.
         images: (N, 3, H, W) in [-1, 1], some thousand for a good fit.
-
-    Returns:
-        The maps from new to old latents and from old to new latents.
     """
     old_latents, new_latents = encode(old, images), encode(new, images)
     to_old = LinearMap.fit(new_latents, old_latents)
@@ -81,7 +74,6 @@ def move_unet(
     first.weight.copy_(torch.einsum("oikl,ij->ojkl", first.weight, to_old.weight.to(first.weight)))
     last.weight.copy_(torch.einsum("oikl,po->pikl", last.weight, to_new.weight.to(last.weight)))
     last.bias.copy_(to_new.weight.to(last.bias) @ last.bias)
-    return to_old, to_new
 
 
 def encode(vae: PatchAutoencoderKL, images: Tensor, batch: int = 64) -> Tensor:

@@ -16,7 +16,7 @@ from openpulid.training.pulid.branches import DiffusionStep
 from openpulid.training.pulid.models import AttentionQK
 
 EPSILON = 1e-5
-"""Added to areas and maxima, as in the authors' code."""
+"""Added to areas, as in the authors' code."""
 
 
 class LocalizationLoss(nn.Module):
@@ -25,14 +25,7 @@ class LocalizationLoss(nn.Module):
     The authors use the cross-attentions of the five middle blocks of Stable Diffusion 1.5 and the
     weight 1e-3. In SDXL no other blocks have any, so that `SDXLModel.capture_attention` collects
     the right ones.
-
-    Args:
-        normalize: divide each map by its largest value; off in the authors' training.
     """
-
-    def __init__(self, normalize: bool = False) -> None:
-        super().__init__()
-        self.normalize = normalize
 
     def forward(
         self,
@@ -67,8 +60,6 @@ class LocalizationLoss(nn.Module):
         """Compute the loss of one layer from its attention weights (B, heads, L, T)."""
         rows = torch.arange(len(weights), device=weights.device)[:, None]
         maps = weights[rows, :, :, positions]  # (B, J, heads, L)
-        if self.normalize:
-            maps = maps / (maps.amax(-1, keepdim=True) + EPSILON)
         inside = resize_masks(masks, maps.shape[-1]).to(maps)[:, :, None]  # (B, J, 1, L)
         outside = 1 - inside
         difference = _mean(maps, outside) - _mean(maps, inside)  # (B, J, heads)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from openpulid.methods.level_mapper import NUM_LEVELS
 from openpulid.methods.pulid import PuLID, PuLIDFlux
 from openpulid.pipelines.memory_prediction import weight_bytes, weight_sizes
 from openpulid.training.pulid.losses import rms_distance, semantic_response
@@ -23,9 +24,6 @@ from openpulid.training.pulid.models import AttentionQK
 from openpulid.training.pulid.plan_bases import BASES
 from openpulid.training.pulid.recipe import Recipe
 from openpulid.training.pulid.train import create_adapter
-
-LEVELS = 5
-"""Levels of the vision encoder that the identity encoder reads."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ def measure_costs(recipe: Recipe) -> Costs:
         block_inputs=kept,
         block=block,
         call=_saved_bytes(call),
-        projections=2 * sum(map(_bytes, projections)),
+        projections=2 * sum(x.nbytes for x in projections),
         decoder=_saved_bytes(partial(model.decode, latents)),
         alignment=sum(map(_alignment_bytes, attention)),
         adapter=sum(x.numel() for x in adapter.parameters()),
@@ -98,7 +96,7 @@ def _project_tokens(adapter: PuLID | PuLIDFlux) -> list[Tensor]:
     """Compute the keys and values of one identity in all layers."""
     config = adapter.encoder.config
     id_cond = torch.empty(1, 1, config["width"])
-    tokens = adapter.encoder(id_cond, [torch.empty(1, 577, config["vit_dim"])] * LEVELS)
+    tokens = adapter.encoder(id_cond, [torch.empty(1, 577, config["vit_dim"])] * NUM_LEVELS)
     if isinstance(adapter, PuLIDFlux):
         return [x for layer in adapter.layers for x in layer.precompute_kv(tokens)]
     return [x for pair in adapter.keys_values(tokens).values() for x in pair]
@@ -136,7 +134,7 @@ def _alignment_bytes(pair: AttentionQK) -> int:
     Queries of the image and keys of the text are captured with and without an identity.
     """
     query, key = (x.detach().requires_grad_() for x in (pair.query, pair.key))
-    captured = 2 * (_bytes(query) + _bytes(key))
+    captured = 2 * (query.nbytes + key.nbytes)
     return captured + _saved_bytes(partial(_align, AttentionQK(query, key)))
 
 
@@ -165,7 +163,3 @@ def _saved_bytes(run: Callable[[], Any]) -> int:
     with saved_tensors_hooks(keep, lambda x: x):
         run()
     return sum(x.untyped_storage().nbytes() for x in saved.values())
-
-
-def _bytes(x: Tensor) -> int:
-    return x.numel() * x.element_size()

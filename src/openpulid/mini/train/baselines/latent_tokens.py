@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openpulid.methods.w_plus.encoders import STYLES, WPlusNetworks
+from openpulid.methods.w_plus.encoders import WPlusNetworks
 from openpulid.methods.w_plus.w_plus import WPlusAdapter
 from openpulid.mini.train.baselines.base import Baseline, draw_uniform
 from openpulid.mini.train.baselines.tensors import save_half
@@ -67,7 +67,7 @@ class WPlusBaseline(Baseline):
         """Return the batch with disturbed latents of other people, and None for no identity."""
         if not _is_second_stage(rng):
             return ()
-        latents = batch.id_cond.unflatten(1, (STYLES, -1))
+        latents = batch.id_cond.unflatten(1, self.directions.shape[1:])
         disturbed = disturb_latents(latents, rng.generator("disturbance"), self.directions)
         return (batch._replace(id_cond=disturbed.flatten(1)), None)
 
