@@ -49,8 +49,7 @@ def tune(
     word: Annotated[
         str | None,
         typer.Option(
-            help="Word that stands for the person: one token that the model hardly knows "
-            "(default: sks)."
+            help="Word for the person: one token that the model hardly knows (default: sks)."
         ),
     ] = None,
     steps: Annotated[

@@ -30,7 +30,7 @@ class EmbeddingInput:
 
     Attributes:
         path: of the file.
-        token: the word that stands for it in a prompt.
+        token: the word for it in a prompt.
         tensors: name of the text encoder -> (N, D), the embeddings of N tokens.
     """
 

@@ -136,7 +136,7 @@ class Lora(RequestPart):
 
 
 class Embedding(RequestPart):
-    """A textual inversion: a file of embeddings, and the word that stands for it in a prompt.
+    """A textual inversion: a file of embeddings, and the word for it in a prompt.
 
     Attributes:
         file: safetensors or a PyTorch file.
@@ -163,7 +163,7 @@ class Embedding(RequestPart):
 
     @property
     def word(self) -> str:
-        """The word that stands for it in a prompt."""
+        """The word for it in a prompt."""
         return self.token or self.file
 
 

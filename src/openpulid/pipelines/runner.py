@@ -58,7 +58,7 @@ class PipelineRunner:
             request: the resolved request.
             people: its people, as the adapter accepts them.
             inputs: its other input files.
-            progress: is told of every step.
+            progress: is called in every step.
             batch_size: images computed at once.
         """
         if request.refine_faces is None:
@@ -85,7 +85,7 @@ class PipelineRunner:
         Args:
             requests: resolved requests of equal `batch_key`.
             people: the people of each. If one request has none, all have none.
-            progress: is told of every step.
+            progress: is called in every step.
         """
         prompts = [
             self._encode_prompts(self.pipe, *row) for row in zip(requests, people, strict=True)

@@ -65,7 +65,7 @@ class Field:
     def default(self, preset: Preset) -> Any:
         """Return what the component shows for a preset. No component is empty but a text.
 
-        Gradio shows an empty number as 0, so 0 stands for None.
+        Gradio shows an empty number as 0, so 0 means None.
         """
         value = self.read(preset.defaults) if self.is_option else self.value
         if self.component == "Checkbox":

@@ -97,7 +97,7 @@ def _add_loras(page: Page) -> None:
     values["embeddings"] = gr.File(label="Files of textual inversion (.safetensors)", **files)
     values["embedding_lines"] = gr.Textbox(
         label="Words of textual inversion",
-        info="One per line: a file, then : and the word that stands for it in the prompt.",
+        info="One per line: a file, then : and the word for it in the prompt.",
         placeholder="film-noir.safetensors:film-noir",
         **lines,
     )

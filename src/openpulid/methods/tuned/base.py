@@ -27,7 +27,7 @@ class TunedAdapter(Adapter):
     """A method that was tuned on images of one person; no reference image is needed.
 
     Args:
-        trigger: the word that stands for the person; None if the file names none.
+        trigger: the word for the person; None if the file names none.
     """
 
     slot: ClassVar[str] = "tuned"

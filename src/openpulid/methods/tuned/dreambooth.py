@@ -25,7 +25,7 @@ class DreamBooth(TunedAdapter):
 
     Args:
         weights: by the names of diffusers, all or some of the U-Net's.
-        trigger: the word that stands for the person; None if the file names none.
+        trigger: the word for the person; None if the file names none.
     """
 
     kinds: ClassVar[tuple[CheckpointKind, ...]] = (UNET_ALONE,)

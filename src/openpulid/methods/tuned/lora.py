@@ -43,7 +43,7 @@ class TunedLora(TunedAdapter):
 
     Args:
         layers: name of the network -> its layers, by the names of diffusers.
-        trigger: the word that stands for the person; None if the file names none.
+        trigger: the word for the person; None if the file names none.
     """
 
     kinds: ClassVar[tuple[CheckpointKind, ...]] = (LORA,)

@@ -28,7 +28,7 @@ ENCODERS = {"clip_l": "", "clip_g": "_2"}
 
 @dataclass(frozen=True)
 class Trigger:
-    """The word that stands for the person, and what the person is.
+    """The word for the person, and what the person is.
 
     Attributes:
         word: a word that the base model hardly knows, such as "sks".

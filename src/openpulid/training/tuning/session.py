@@ -19,7 +19,7 @@ from openpulid.training.tuning.recipes import find_tuning_recipe
 from openpulid.training.tuning.tune import delete_checkpoints, tune
 
 WORD = "sks"
-"""The word that stands for the person; SDXL's tokenizers have it as one token."""
+"""The word for the person; SDXL's tokenizers have it as one token."""
 MINIATURE_WORD = "<|unknown|>"
 """The same for the miniature, whose vocabulary is closed."""
 
@@ -47,7 +47,7 @@ def tune_person(
         references: images of the person.
         out: the file to write.
         class_word: what the person is.
-        word: that stands for the person in prompts.
+        word: for the person in prompts.
         changes: settings of the recipe that differ from the method's.
         is_fresh: delete an interrupted run first.
         device: where to compute.

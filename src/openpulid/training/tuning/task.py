@@ -28,7 +28,7 @@ class TuningTask:
         model: the frozen base model.
         part: what is trained.
         images: of the person.
-        prompts: captions with the word that stands for the person.
+        prompts: captions with the word for the person.
         class_images: images of the class word by the untuned model; None for no prior preservation.
         class_prompts: their captions, image k has the caption k modulo their number.
     """

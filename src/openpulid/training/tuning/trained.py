@@ -74,7 +74,7 @@ def open_part(recipe: TuningRecipe, pipe: Any, trigger: Trigger) -> Iterator[Tra
     Args:
         recipe: the recipe.
         pipe: a pipeline of SDXL whose parameters need no gradient.
-        trigger: the word that stands for the person.
+        trigger: the word for the person.
 
     Raises:
         OptionError: the word or the class word is not one token.

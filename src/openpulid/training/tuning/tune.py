@@ -58,7 +58,7 @@ def tune(
         recipe: the settings.
         pipe: a pipeline of SDXL.
         references: images of the person.
-        trigger: the word that stands for the person in prompts.
+        trigger: the word for the person in prompts.
         run_dir: folder of the checkpoints, see `delete_checkpoints`.
         class_options: arguments of the pipeline with which the class images are generated.
         detection: finds the faces, which a recipe can weigh more than the background.
