@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor
-from torch.nn.functional import interpolate
+from torch.nn.functional import interpolate, pad
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from openpulid.faces.align import similarity_transform, warp_images
@@ -28,7 +28,7 @@ from openpulid.identity.eva_clip import normalize_for_clip
 from openpulid.identity.identity import Identity, hash_models
 from openpulid.io.checkpoints import explain_bad_weights, load_state, read_tensors
 
-ClipInput = Literal["image", "face"]
+ClipInput = Literal["image", "padded image", "face"]
 
 
 class FaceRecognition(Protocol):
@@ -51,8 +51,8 @@ class ClipExtractor:
         detection: face detection.
         vision_encoder: CLIPVisionModelWithProjection of transformers; None for methods that use
             the face recognition model alone.
-        clip_input: "image" passes the center square of the whole image to the vision encoder,
-            "face" the aligned face.
+        clip_input: what the vision encoder reads: the center square of the "image", the whole
+            image as a "padded image", or the aligned "face".
         layer: index of the hidden states, as in `hidden_states`. IP-Adapter and FaceID use the
             last but one.
         recognition: its embedding precedes the vision encoder's; None for methods without one.
@@ -143,6 +143,8 @@ class ClipExtractor:
         size = self.vision_encoder.config.image_size
         if self.clip_input == "image":
             return [center_square(face.upright_image, size)]
+        if self.clip_input == "padded image":
+            return [pad_to_square(face.upright_image, size)]
         require_landmarks(face)
         template = (ARCFACE_TEMPLATE + 0.5) * size / ARCFACE_CROP
         transform = similarity_transform(face.landmarks[None], template)
@@ -243,3 +245,21 @@ def center_square(image: Tensor, size: int) -> Tensor:
     left = (width - side) // 2
     square = image[None, :, top : top + side, left : left + side]
     return interpolate(square, size=(size, size), mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+
+def pad_to_square(image: Tensor, size: int) -> Tensor:
+    """Pad to a square with black and resize it, as FastComposer's authors do.
+
+    Args:
+        image: (3, H, W) in [0, 1].
+        size: side of the result in pixels.
+
+    Returns:
+        (3, size, size).
+    """
+    height, width = image.shape[-2:]
+    side = max(height, width)
+    top = (side - height) // 2
+    left = (side - width) // 2
+    square = pad(image[None], (left, side - width - left, top, side - height - top))
+    return interpolate(square, size=(size, size), mode="bilinear", antialias=True)[0]

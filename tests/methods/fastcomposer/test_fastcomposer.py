@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -228,3 +229,13 @@ def test_file_for_another_text_encoder_is_refused(pipe: Any) -> None:
     small.projection_dim = 24
     with pytest.raises(WeightsError, match=r"for text of width 24 .*, and this pipeline's has 64"):
         FastComposer(FastComposerEncoder(small), {}).attach(pipe)
+
+
+def test_the_whole_of_a_tall_image_is_read(method: FastComposer) -> None:
+    """The authors pad to a square; the center square of a standing person is the shirt."""
+    image = torch.zeros(3, 60, 20)
+    image[:, :10] = 1.0
+    (crop,) = method.create_extractor(Faces()).debug_crops(replace(FACE, image=image))
+    side = crop.shape[-1]
+    assert crop[:, : side // 8, side * 3 // 8 : side * 5 // 8].mean() > 0.9
+    assert crop[:, :, : side // 4].max() == 0 and crop[:, :, side * 3 // 4 :].max() == 0

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.nn.functional import interpolate
 from transformers import CLIPVisionConfig
 
-from openpulid.identity.clip_extractor import encode_clip
+from openpulid.identity.clip_extractor import encode_clip, pad_to_square
 from openpulid.methods.fastcomposer.encoders import FastComposerEncoder
 from openpulid.methods.fastcomposer.fastcomposer import FastComposer
 from openpulid.methods.photomaker.encoders import FuseModule
@@ -61,7 +60,7 @@ def test_images_are_encoded(golden: Golden, tmp_path: Path) -> None:
     model = FastComposerEncoder(CONFIG)
     golden.fill(model.image_encoder, "fastcomposer.image_encoder.")
     images = golden.input("fc.images", 1, 2, 3, 40, 40).sigmoid()
-    resized = interpolate(images[0], (28, 28), mode="bilinear", antialias=True)
+    resized = [pad_to_square(image, 28) for image in images[0]]
     states = [encode_clip(model.image_encoder, image, -1)[1][0] for image in resized]
     tokens = model.encode(torch.cat(states))
     assert golden.error("fastcomposer.object_embeds", tokens[None, :, None]) < TOLERANCE

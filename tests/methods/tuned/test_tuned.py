@@ -304,6 +304,17 @@ def test_lora_of_convolutions_is_refused(pipe):
         TunedLora({"unet": layers}).attach(pipe)
 
 
+def test_dora_is_refused(tmp_path):
+    """Without its scale it would be another LoRA."""
+    layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    matrices = {"lora_down.weight": torch.ones(2, 8), "lora_up.weight": torch.ones(8, 2)}
+    tensors = {**matrices, "dora_scale": torch.ones(8, 1)}
+    path = tmp_path / "dora.safetensors"
+    save_file({f"{layer}.{name}": tensor for name, tensor in tensors.items()}, path)
+    with pytest.raises(WeightsError, match="is a DoRA"):
+        TunedLora.load(path)
+
+
 def test_blocks_in_the_names_of_kohya(tmp_path):
     """kohya's trainer counts the blocks of SDXL as Stability's code does."""
     path = tmp_path / "anna.safetensors"

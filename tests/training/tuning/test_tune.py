@@ -367,6 +367,14 @@ def test_word_that_is_not_one_token_is_refused(
     assert state(pipe).keys() == before.keys()
 
 
+def test_pipeline_with_a_lora_is_refused(pipe, references, tmp_path):
+    run(pipe, references, tmp_path, "lora")[0].save(tmp_path / "own.safetensors")
+    pipe.load_lora_weights(str(tmp_path), weight_name="own.safetensors", adapter_name="own")
+    with pytest.raises(OptionError, match=r"has LoRAs \(own\): call unload_lora_weights"):
+        tune(recipe("lora"), pipe, references, TRIGGER, tmp_path / "again")
+    assert pipe.get_active_adapters() == ["own"]
+
+
 def test_unknown_method_is_refused():
     with pytest.raises(OptionError, match="choose one of custom-diffusion"):
         find_tuning_recipe("hypernetwork")

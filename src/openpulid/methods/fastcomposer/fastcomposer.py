@@ -81,7 +81,8 @@ class FastComposer(PromptAdapter):
             recognition: unused; FastComposer has no face recognition model.
             models: name -> hash of the models; written into every identity.
         """
-        return ClipExtractor(detection, self.encoder.image_encoder, "image", -1, models=models)
+        encoder = self.encoder.image_encoder
+        return ClipExtractor(detection, encoder, "padded image", -1, models=models)
 
     def check(self, target: Any) -> None:
         """Raise an error if the file does not fit a pipeline.

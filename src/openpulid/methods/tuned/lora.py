@@ -17,6 +17,7 @@ from torch import Tensor
 from openpulid.errors import WeightsError
 from openpulid.io.checkpoint_kinds import LORA, CheckpointKind
 from openpulid.io.checkpoints import explain_bad_weights, read_optional_metadata
+from openpulid.io.lora_files import check_lora
 from openpulid.methods.adapter import check_projections_are_called
 from openpulid.methods.hooks import PipelineState
 from openpulid.methods.lora import (
@@ -61,6 +62,7 @@ class TunedLora(TunedAdapter):
         """
         cls.check_file(path)
         path = Path(path)
+        check_lora(path)
         message = f"{path} is no LoRA for SDXL; use one that was trained for it"
         with explain_bad_weights(message):
             state, alphas, config = StableDiffusionXLPipeline.lora_state_dict(

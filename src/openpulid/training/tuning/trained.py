@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
+from openpulid.errors import OptionError
 from openpulid.methods.lora import parse_lora
 from openpulid.methods.tuned import (
     ENCODERS,
@@ -202,9 +203,19 @@ class TrainedUNet:
 
 
 class TrainedLora:
-    """Low-rank matrices of the attention, for LoRA and DreamBooth with LoRA; peft trains them."""
+    """Low-rank matrices of the attention, for LoRA and DreamBooth with LoRA; peft trains them.
+
+    Raises:
+        OptionError: the pipeline has LoRAs, which would be inactive in the training.
+    """
 
     def __init__(self, recipe: TuningRecipe, pipe: Any, trigger: Trigger) -> None:
+        loaded = {name for names in pipe.get_list_adapters().values() for name in names}
+        if loaded:
+            raise OptionError(
+                f"the pipeline has LoRAs ({', '.join(sorted(loaded))}): call "
+                "unload_lora_weights() before the training, and load them again afterwards."
+            )
         self.pipe = pipe
         self.trigger = trigger
         self.trains_text = recipe.with_text_encoders
