@@ -40,6 +40,22 @@ def lock_directory(directory: Path, option: str = "-o") -> Iterator[None]:
         os.close(descriptor)
 
 
+@contextmanager
+def wait_for_directory(directory: Path) -> Iterator[None]:
+    """Reserve a directory as `lock_directory` does; wait while another process uses it.
+
+    Raises:
+        OptionError: it cannot be written.
+    """
+    descriptor = _open_lock(directory, "-o")
+    try:
+        with suppress(OSError):  # no locks on this file system
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def check_directory(directory: Path) -> None:
     """Check that a directory can be locked, or created. One that does not exist is not created.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -55,6 +57,24 @@ def test_fill_continues_with_the_first_missing_batch(tmp_path: Path) -> None:
 
     cache.fill(compute)
     assert len(batches) == 4
+
+
+def test_two_that_fill_a_cache_at_once_share_its_rows(tmp_path: Path) -> None:
+    computed: list[int] = []
+
+    def compute(rows: np.ndarray) -> dict[str, np.ndarray]:
+        time.sleep(0.01)
+        computed.extend(rows.tolist())
+        return {"a": rows + 1}
+
+    caches = [ArrayCache(tmp_path, {"net": "x"}, 8) for _ in range(2)]
+    threads = [Thread(target=cache.fill, args=(compute, 2)) for cache in caches]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert computed == [*range(8)]
+    assert all(cache.load("a").tolist() == [*range(1, 9)] for cache in caches)
 
 
 @pytest.mark.parametrize(("net", "num_rows"), [("y", 4), ("x", 6)])

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 
 from openpulid.io.files import write_json
+from openpulid.io.lock import wait_for_directory
 
 STAMP = "cache.json"
 
@@ -73,17 +74,21 @@ class ArrayCache:
         batch_size: int = 64,
         on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """Compute the missing rows, batch by batch.
+        """Compute the missing rows, batch by batch; wait if another process computes them.
 
         Args:
             compute: row numbers (n,) -> name -> (n, ...), see `write`.
             batch_size: rows per batch.
             on_progress: called with the number of rows done and their total.
         """
-        for start in range(self.num_done, self.num_rows, batch_size):
-            self.write(compute(np.arange(start, min(start + batch_size, self.num_rows))))
-            if on_progress:
-                on_progress(self.num_done, self.num_rows)
+        if self.is_complete:
+            return
+        with wait_for_directory(self.folder):
+            self.num_done = self._read_num_done()  # another process may have computed more
+            for start in range(self.num_done, self.num_rows, batch_size):
+                self.write(compute(np.arange(start, min(start + batch_size, self.num_rows))))
+                if on_progress:
+                    on_progress(self.num_done, self.num_rows)
 
     def load(self, name: str, mmap: bool = False) -> np.ndarray:
         """Load a complete array, memory-mapped and read-only if requested."""
