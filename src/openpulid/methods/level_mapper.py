@@ -61,26 +61,32 @@ class LevelMapper(nn.Module):
         return token, self.get_submodule(f"mapping_patch_{level}")(states[:, 1:])
 
 
-def read_levels(identity: Identity, states_dim: int, method: str, like: Tensor) -> list[Tensor]:
-    """Return the five levels (n, 1 + N, S) of an identity, the last level of the encoder first.
+def read_levels(
+    people: Sequence[Identity], states_dim: int, method: str, like: Tensor
+) -> list[Tensor]:
+    """Return the five levels (n, 1 + N, S) of all images, the last level of the encoder first.
 
     Args:
-        identity: has them in the order of the encoder's layers.
+        people: have them in the order of the encoder's layers.
         states_dim: S.
         method: name of the method, for messages.
         like: has the device and dtype of the result.
 
     Raises:
-        IdentityError: it has other features.
+        IdentityError: an identity has other features.
     """
-    if len(identity.hidden) != NUM_LEVELS or identity.hidden[0].shape[-1] != states_dim:
-        raise IdentityError(
-            f"{method} reads five levels of a vision encoder of width {states_dim}, which this "
-            "identity does not have; create it again from the reference images with "
-            f"`pulid identify --method {method.lower()} --adapter FILE`."
-        )
-    levels = (x[0].to(like).unflatten(0, (identity.photos, -1)) for x in identity.hidden)
-    return last_first(list(levels))
+    for identity in people:
+        if len(identity.hidden) != NUM_LEVELS or identity.hidden[0].shape[-1] != states_dim:
+            raise IdentityError(
+                f"{method} reads five levels of a vision encoder of width {states_dim}, which this "
+                "identity does not have; create it again from the reference images with "
+                f"`pulid identify --method {method.lower()} --adapter FILE`."
+            )
+    levels = [
+        torch.cat([x.hidden[level][0].to(like).unflatten(0, (x.photos, -1)) for x in people])
+        for level in range(NUM_LEVELS)
+    ]
+    return last_first(levels)
 
 
 def last_first(levels: Sequence[Tensor]) -> list[Tensor]:

@@ -61,7 +61,7 @@ def test_word_and_matrices_of_the_global_mapper(pipe: Any, method: ELITE, num_wo
     mappers.num_words = num_words
     with method.use(ANNA, scale=0.5, local_scale=0.0):
         ours = generate(pipe, negative_prompt=["red person"])
-    vectors = mappers.encode_words(ANNA)
+    vectors = mappers.encode_words([ANNA])[0]
     assert vectors.shape == (num_words, CROSS)
     named = encoder_words(pipe, "person", {"clip_l": vectors[:, :32], "clip_g": vectors[:, 32:]})
     with read_words(named):
@@ -139,10 +139,11 @@ def test_images_of_one_person(pipe: Any, method: ELITE) -> None:
     """Words are averaged; local tokens of all images are attended to."""
     both = fuse_identities([ANNA, BEN])
     mappers = method.encoder
-    mean = (mappers.encode_words(ANNA) + mappers.encode_words(BEN)) / 2
-    assert torch.allclose(mappers.encode_words(both), mean, atol=1e-6)
-    patches = mappers.encode_patches(both)
-    assert patches is not None and patches.shape == (2 * PATCHES, CROSS)
+    words = mappers.encode_words([ANNA, BEN])
+    assert torch.allclose(words[1], mappers.encode_words([BEN])[0], atol=1e-6)
+    assert torch.allclose(mappers.encode_words([both])[0], words.mean(0), atol=1e-6)
+    patches = mappers.encode_patches([both])
+    assert patches is not None and patches.shape == (1, 2 * PATCHES, CROSS)
     with method.use(fuse_identities([ANNA, ANNA])):
         twice = generate(pipe)
     with method.use(ANNA):

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from openpulid.errors import OptionError, WeightsError
@@ -120,10 +119,7 @@ class ELITE(PromptAdapter):
         masks = [None] * len(fusion.people) if masks is None else masks
         if len(masks) != len(fusion.people):
             raise OptionError(f"pass {len(fusion.people)} masks, one per identity.")
-        pairs = zip(fusion.people, masks, strict=True)
-        encoded = [self.encoder.encode_patches(*pair) for pair in pairs]
-        patches = [tokens for tokens in encoded if tokens is not None]
-        tokens = torch.stack(patches) if patches else None
+        tokens = self.encoder.encode_patches(fusion.people, masks)
         layers = find_layers(fusion.state.network)
         with (
             fusion.register(),

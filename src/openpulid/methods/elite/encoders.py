@@ -69,11 +69,7 @@ class Mapper(LevelMapper):
         """
         pairs = [self.map_level(level, states) for level, states in enumerate(levels)]
         mean = torch.stack([token + tokens for token, tokens in pairs]).mean(0)
-        if masks is None:
-            return mean
-        side = round(mean.shape[1] ** 0.5)
-        resized = interpolate(masks[:, None].to(mean), (side, side), mode="nearest")
-        return mean * resized.flatten(2).transpose(1, 2)
+        return mean if masks is None else mask_patches(mean, masks)
 
     def matrix(self, layer: str, kind: str) -> nn.Linear:
         """Return the projection of a cross-attention, kind "k" or "v"."""
@@ -98,30 +94,59 @@ class Mappers(nn.Module):
         self.local_mapper = local_mapper
         self.num_words = 1
 
-    def encode_words(self, identity: Identity) -> Tensor:
-        """Compute the words of an identity, (num_words, D); images are averaged.
-
-        Raises:
-            IdentityError: The identity has other features.
-        """
-        return self.global_mapper.words(self._levels(identity)).mean(0)[: self.num_words]
-
-    def encode_patches(self, identity: Identity, mask: Tensor | None = None) -> Tensor | None:
-        """Compute the local tokens of an identity, (n * N, D); None without a local mapper.
+    def encode_words(self, people: Sequence[Identity]) -> Tensor:
+        """Compute the words of identities, (P, num_words, D); images are averaged.
 
         Args:
-            identity: the person.
-            mask: (H, W) or (n, H, W), 1 where the person is in the reference images.
+            people: P people with n reference images each.
 
         Raises:
-            IdentityError: The identity has other features.
+            IdentityError: An identity has other features.
+        """
+        words = self.global_mapper.words(self._levels(people))
+        return words.unflatten(0, (len(people), -1)).mean(1)[:, : self.num_words]
+
+    def encode_patches(
+        self, people: Sequence[Identity], masks: Sequence[Tensor | None] | None = None
+    ) -> Tensor | None:
+        """Compute the local tokens of identities, (P, n * N, D); None without a local mapper.
+
+        Args:
+            people: P people with n reference images each.
+            masks: (H, W) or (n, H, W) per person, 1 where the person is in the reference images;
+                None for everywhere.
+
+        Raises:
+            IdentityError: An identity has other features.
         """
         if self.local_mapper is None:
             return None
-        levels = self._levels(identity)
-        masks = None if mask is None else mask.expand(len(levels[0]), *mask.shape[-2:])
-        return self.local_mapper.patches(levels, masks).flatten(0, 1)
+        tokens = self.local_mapper.patches(self._levels(people)).unflatten(0, (len(people), -1))
+        if masks is not None:
+            tokens = torch.stack(
+                [
+                    images if mask is None else mask_patches(images, mask)
+                    for images, mask in zip(tokens, masks, strict=True)
+                ]
+            )
+        return tokens.flatten(1, 2)
 
-    def _levels(self, identity: Identity) -> list[Tensor]:
+    def _levels(self, people: Sequence[Identity]) -> list[Tensor]:
         like = next(self.parameters())
-        return read_levels(identity, self.global_mapper.states_dim, "ELITE", like)
+        return read_levels(people, self.global_mapper.states_dim, "ELITE", like)
+
+
+def mask_patches(patches: Tensor, masks: Tensor) -> Tensor:
+    """Set the tokens of patches outside masks to zero.
+
+    Args:
+        patches: (n, N, D) of n images.
+        masks: (n, H, W), or (H, W) for all images.
+
+    Returns:
+        (n, N, D).
+    """
+    masks = masks.expand(len(patches), *masks.shape[-2:])
+    side = round(patches.shape[1] ** 0.5)
+    resized = interpolate(masks[:, None].to(patches), (side, side), mode="nearest")
+    return patches * resized.flatten(2).transpose(1, 2)

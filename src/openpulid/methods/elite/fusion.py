@@ -39,5 +39,4 @@ class ImageWordFusion(WordFusion):
             raise OptionError(
                 "identities used together must have the same number of reference images."
             )
-        words = [mappers.encode_words(identity) for identity in self.people]
-        super().__init__(state, words, span)
+        super().__init__(state, list(mappers.encode_words(self.people)), span)

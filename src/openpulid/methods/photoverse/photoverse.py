@@ -65,14 +65,15 @@ class PhotoVerse(PersonAdapter[PhotoVerseNetworks]):
         Raises:
             IdentityError: an identity lacks the five levels of a vision encoder, or has others.
         """
-        words, tokens = [], []
         networks = self.networks
         like = next(networks.parameters())
-        for identity in people:
-            levels = read_levels(identity, networks.text_adapter.states_dim, "PhotoVerse", like)
-            words.append(networks.text_adapter.words(levels).mean(0))
-            tokens.append(networks.image_adapter.words(levels).mean(0))
-        return torch.stack(words), torch.stack(tokens)
+        levels = read_levels(people, networks.text_adapter.states_dim, "PhotoVerse", like)
+        counts = [identity.photos for identity in people]
+        words, tokens = (
+            torch.stack([images.mean(0) for images in adapter.words(levels).split(counts)])
+            for adapter in (networks.text_adapter, networks.image_adapter)
+        )
+        return words, tokens
 
     @contextmanager
     def use(
