@@ -65,7 +65,7 @@ def check_resolved(request: GenerationRequest, models: ModelSet, label: str) -> 
 
 def _check_size(request: GenerationRequest, models: ModelSet, label: str) -> None:
     multiple = models.size_multiple
-    sides = (request.width or models.native_side, request.height or models.native_side)
+    sides = request.image_size(models.native_side)
     if any(side % multiple for side in sides):
         nearest = "x".join(str(max(round(side / multiple), 1) * multiple) for side in sides)
         raise RequestError(
@@ -401,7 +401,7 @@ def _describe_guidance(
 
 def _describe_size(resolved: GenerationRequest, models: ModelSet) -> list[str]:
     native = models.native_side
-    width, height = resolved.width or native, resolved.height or native
+    width, height = resolved.image_size(native)
     ratio = width * height / native**2
     if models.min_area <= ratio <= 1 / models.min_area:
         return []

@@ -12,6 +12,7 @@ from torch import nn
 
 from openpulid.errors import WeightsError
 from openpulid.io.checkpoints import explain_bad_weights
+from openpulid.pipelines.memory_levels import find_network
 
 
 def load_lora(pipe: Any, name: str, path: Path) -> None:
@@ -20,7 +21,7 @@ def load_lora(pipe: Any, name: str, path: Path) -> None:
     Raises:
         WeightsError: it does not fit the base model.
     """
-    network = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    network = find_network(pipe)
     message = f"{path} does not fit this base model; use a LoRA that was trained for it"
     with explain_bad_weights(message), _hide_float8(network, pipe.vae.dtype):
         pipe.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name=name)

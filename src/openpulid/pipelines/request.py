@@ -283,6 +283,14 @@ class GenerationRequest(GenerationOptions):
         default = 1.0 if self.identity.scale is None else self.identity.scale
         return tuple(default if person.scale is None else person.scale for person in self.people)
 
+    def image_size(self, native_side: int) -> tuple[int, int]:
+        """Return the width and height of the images in pixels.
+
+        Args:
+            native_side: of the models; the length of a side that is None.
+        """
+        return self.width or native_side, self.height or native_side
+
     def for_image(self, seed: int, width: int, height: int) -> GenerationRequest:
         """Return the request that regenerates one image on its own."""
         return self.model_copy(

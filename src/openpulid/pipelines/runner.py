@@ -194,8 +194,7 @@ class PipelineRunner:
             for name in ("true_cfg_scale", "max_sequence_length")
             if name in self.preset.options
         }
-        native = self.preset.models.native_side
-        size = (request.width or native, request.height or native)
+        size = request.image_size(self.preset.models.native_side)
         with clean_up_failure(self.pipe):
             edit = inputs.prepare_edit(request, pipe, seeds)
             if edit is None:

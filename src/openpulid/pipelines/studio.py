@@ -193,7 +193,8 @@ class Studio:
                 people = self.identify(people)
             self._check_people(request, people)
             _check_batches(request, people, batch_size)
-            people = crop_masks(people, self._size(request))
+            size = request.image_size(self.preset.models.native_side)
+            people = crop_masks(people, size)
         result = GenerationResult([], [], dict(inputs.fingerprints))
         if identity is not None:
             request = result.describe_people(request, people)
@@ -278,14 +279,10 @@ class Studio:
             return None
         if inputs.has_reference_images:
             inputs = inputs.with_identities(request, self.extractor)
-        people = inputs.place_people(request, *self._size(request))
+        size = request.image_size(self.preset.models.native_side)
+        people = inputs.place_people(request, *size)
         self._check_people(request, people)
         return people
-
-    def _size(self, request: GenerationRequest) -> tuple[int, int]:
-        """Return the width and height of the images of a resolved request."""
-        native = self.preset.models.native_side
-        return request.width or native, request.height or native
 
     def _check_people(self, request: GenerationRequest, people: People) -> None:
         """Check that the method can show these people."""
