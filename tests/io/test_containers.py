@@ -17,11 +17,11 @@ from openpulid.errors import ImageError
 from openpulid.io.containers import (
     MAX_PROFILE_BYTES,
     MAX_SCANS,
-    MAX_XMP_BYTES,
     UnusableFile,
     reduce_to_pixels,
 )
 from openpulid.io.images import open_image
+from openpulid.io.xmp import MAX_XMP_BYTES
 from tests.support.image_files import IMAGES, encode, insert_chunks, png_chunk
 
 RED = Image.new("RGB", (64, 64), (200, 30, 40))

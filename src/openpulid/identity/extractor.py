@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar
 
 import torch
@@ -25,7 +24,7 @@ from openpulid.identity.detection import FaceDetection, MiniFaceDetection
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.identity.face_latents import FaceLatentEncoder, crop_faces, place_on_white
 from openpulid.identity.identity import Identity, hash_models
-from openpulid.io.checkpoints import fingerprint, load_module
+from openpulid.io.checkpoints import load_module
 
 
 class IdentityExtractor(Protocol):
@@ -114,7 +113,7 @@ class MiniExtractor:
             load_module(MiniFaceDetector, detector, device),
             load_module(ResNetRecognition, recognition, device),
             load_module(VisionEncoder, vision_encoder, device),
-            {Path(path).stem: fingerprint(path) for path in (recognition, vision_encoder)},
+            hash_models([recognition, vision_encoder]),
         )
 
     @property

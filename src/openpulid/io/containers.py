@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from openpulid.io.xmp import MAX_XMP_BYTES
+
 MAX_PARTS = 100_000
 """Maximum number of segments, chunks, blocks or boxes of a file. PNG encoders write a chunk for
 every 8 kB."""
@@ -29,7 +31,6 @@ MAX_PROFILE_BYTES = 8 * 2**20
 MAX_EXIF_BYTES = 2**16
 """EXIF beyond this size, the maximum of a JPEG, is ignored; the orientation is at its start."""
 
-MAX_XMP_BYTES = 2**20
 MAX_RLE_BYTES = 2 * 2**20
 
 

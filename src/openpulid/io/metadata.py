@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from openpulid.errors import ImageError, OptionError
+from openpulid.io.containers import PNG_SIGNATURE
 from openpulid.io.files import write_bytes
 from openpulid.io.xmp import DigitalSourceType, create_packet
 
@@ -29,7 +30,6 @@ JPEG_QUALITY = 90
 MAX_TEXT = 1 << 20
 """Bytes of a text chunk that are read, before and after decompression."""
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 MAX_CHUNKS = 100_000
 

@@ -56,11 +56,7 @@ class Rank1:
 
     def __call__(self, inputs: MetricInputs) -> Tensor:
         """Compute the metric for each image, (B,)."""
-        embeddings = F.normalize(inputs.faces.embeddings.float(), dim=-1)
-        references = F.normalize(inputs.reference_faces.embeddings.float(), dim=-1)
-        cosines = embeddings @ references.T
-        cosines[:, ~inputs.reference_faces.has_face] = -math.inf
-        nearest = cosines.argmax(dim=-1)
+        nearest = _compare_with_gallery(inputs).argmax(dim=-1)
         is_hit = (nearest == inputs.subjects) & inputs.faces.has_face
         return _of_known_subjects(is_hit.float(), inputs)
 
@@ -79,13 +75,9 @@ class Rank1Of8:
 
     def __call__(self, inputs: MetricInputs) -> Tensor:
         """Compute the metric for each image, (B,)."""
-        embeddings = F.normalize(inputs.faces.embeddings.float(), dim=-1)
-        references = F.normalize(inputs.reference_faces.embeddings.float(), dim=-1)
-        cosines = embeddings @ references.T
-        is_known = inputs.reference_faces.has_face
-        cosines[:, ~is_known] = -math.inf
+        cosines = _compare_with_gallery(inputs)
         own = cosines.gather(1, inputs.subjects[:, None])
-        others = max(int(is_known.sum()) - 1, 0)
+        others = max(int(inputs.reference_faces.has_face.sum()) - 1, 0)
         drawn = min(7, others)
         probabilities = [
             math.comb(max(others - nearer, 0), drawn) / math.comb(others, drawn)
@@ -229,6 +221,18 @@ class FaceDiversity:
                 crop = crops[row : row + 1].expand(int(same_subject.sum()), -1, -1, -1)
                 values[row] = self.lpips(crop, crops[same_subject]).mean().cpu()
         return values
+
+
+def _compare_with_gallery(inputs: MetricInputs) -> Tensor:
+    """Return the cosines (B, S) of the face embeddings of images and all reference images.
+
+    They are -inf for subjects without a face in the reference image.
+    """
+    embeddings = F.normalize(inputs.faces.embeddings.float(), dim=-1)
+    references = F.normalize(inputs.reference_faces.embeddings.float(), dim=-1)
+    cosines = embeddings @ references.T
+    cosines[:, ~inputs.reference_faces.has_face] = -math.inf
+    return cosines
 
 
 def _of_known_subjects(values: Tensor, inputs: MetricInputs) -> Tensor:
