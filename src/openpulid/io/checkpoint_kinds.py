@@ -12,7 +12,6 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from openpulid.errors import WeightsError
@@ -29,12 +28,10 @@ class Header:
     Attributes:
         shapes: shape of each tensor by its name.
         metadata: the text in the header of a safetensors file; GGUF's architecture.
-        float8: names of the tensors that are stored in 8-bit floating point.
     """
 
     shapes: Mapping[str, Shape]
     metadata: Mapping[str, str] = field(default_factory=dict)
-    float8: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -267,16 +264,14 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         return _read_gguf_header(path)
     if path.suffix != ".safetensors":
         tensors = map_pickle(path)
-        float8 = frozenset(name for name, x in tensors.items() if _is_float8(x.dtype))
-        return Header({name: tuple(x.shape) for name, x in tensors.items()}, float8=float8)
+        return Header({name: tuple(x.shape) for name, x in tensors.items()})
     if not path.is_file():
         raise WeightsError(f"{path} does not exist; name an existing file.")
     try:
         with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            shapes = {name: tuple(x.get_shape()) for name, x in slices.items()}
-            float8 = frozenset(name for name, x in slices.items() if x.get_dtype().startswith("F8"))
-            return Header(shapes, dict(file.metadata() or {}), float8)
+            names = file.keys()
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+            return Header(shapes, dict(file.metadata() or {}))
     except SafetensorError as error:
         raise WeightsError(
             f"{path} cannot be loaded: it is damaged or cut short; download or copy it again."
@@ -296,10 +291,6 @@ def _read_gguf_header(path: Path) -> Header:
             f"{path} cannot be loaded: it is no complete GGUF file; download it again."
         ) from error
     return Header(shapes, metadata)
-
-
-def _is_float8(dtype: torch.dtype) -> bool:
-    return dtype.is_floating_point and dtype.itemsize == 1
 
 
 def find_kind(names: Collection[str]) -> CheckpointKind | None:

@@ -250,7 +250,6 @@ def _png_chunk(name: bytes, content: bytes) -> bytes:
 
 # --- GIF (GIF89a specification)
 
-GIF_IMAGE = 0x2C
 GIF_EXTENSION = 0x21
 GIF_GRAPHIC_CONTROL = 0xF9
 

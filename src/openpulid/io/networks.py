@@ -66,11 +66,6 @@ class WeightsFiles:
     index: str | None = None
     variant: str | None = None
 
-    @property
-    def all_names(self) -> tuple[str, ...]:
-        """The weights and their index."""
-        return self.names if self.index is None else (*self.names, self.index)
-
 
 @dataclass(frozen=True)
 class Part:

@@ -7,7 +7,6 @@ read after loading.
 from __future__ import annotations
 
 import json
-import logging
 import re
 from collections.abc import Collection
 from contextlib import suppress
@@ -45,8 +44,6 @@ from openpulid.io.networks import (
 from openpulid.pipelines.model_set import BASE_NAMES, Family
 from openpulid.pipelines.presets import PRESETS
 from openpulid.pipelines.samplers import Prediction
-
-logger = logging.getLogger(__name__)
 
 CHANNELS = {
     5: "depth-to-image",
