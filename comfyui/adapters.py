@@ -184,7 +184,7 @@ def _prepare_unet(unet: Any, loaded: LoadedAdapter, identity: Any, options: Appl
     from openpulid.errors import WeightsError
     from openpulid.methods.pulid import PuLID
     from openpulid.methods.pulid.host_sdxl import SDXLHostIdentity
-    from openpulid.methods.pulid.sdxl_attention import IdentityOptions
+    from openpulid.methods.pulid.sdxl_attention import AttentionOptions
 
     if not isinstance(loaded.patcher.model, PuLID):
         raise WeightsError(
@@ -192,11 +192,11 @@ def _prepare_unet(unet: Any, loaded: LoadedAdapter, identity: Any, options: Appl
         )
     loaded.patcher.model.check_layers(find_layer_widths(unet))
     _check_face_models(loaded, identity)
-    identity_options = IdentityOptions(
+    attention_options = AttentionOptions(
         options.scale, projection=options.projection, num_zero=options.num_zero
     )
     masks = convert_mask(options.mask)
-    return SDXLHostIdentity.prepare(loaded.load(), identity, identity_options, masks)
+    return SDXLHostIdentity.prepare(loaded.load(), identity, attention_options, masks)
 
 
 def _check_face_models(loaded: LoadedAdapter, identity: Any) -> None:

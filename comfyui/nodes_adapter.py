@@ -129,13 +129,13 @@ def find_problem(
 ) -> bool | str:
     """Return a sentence on the first value that is out of range, or True. None is not checked."""
     from openpulid.errors import PulidError
-    from openpulid.methods.pulid.sdxl_attention import IdentityOptions
+    from openpulid.methods.pulid.sdxl_attention import AttentionOptions
 
     values = {"scale": scale, "start": start, "end": end}
     given = {name: value for name, value in values.items() if value is not None}
     try:
         check_options(ApplyOptions(**{"scale": 1.0, **given}))
-        IdentityOptions(num_zero=num_zero or 0)
+        AttentionOptions(num_zero=num_zero or 0)
     except PulidError as error:
         return str(error)
     return True

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from openpulid.methods.pulid.host_flux import FluxHostIdentity
 from openpulid.methods.pulid.host_sdxl import SDXLHostIdentity
-from openpulid.methods.pulid.sdxl_attention import IdentityOptions, cross_attentions
+from openpulid.methods.pulid.sdxl_attention import AttentionOptions, cross_attentions
 from openpulid.methods.transformer_kinds import identity_blocks
 from tests.support import people, tiny_flux
 from tests.support.comfyui import import_pack
@@ -53,7 +53,7 @@ def unet_options(sigma: float = 5.0, groups: tuple[int, ...] = (1, 0)) -> dict[s
 @pytest.fixture
 def attention_patch(sdxl) -> Any:
     _, adapter = sdxl
-    identity = SDXLHostIdentity.prepare(adapter, anna, IdentityOptions(0.8))
+    identity = SDXLHostIdentity.prepare(adapter, anna, AttentionOptions(0.8))
     return patches.AttentionPatch((scheduled(identity, 10.0, 2.0),), attend_to_text, key="1")
 
 

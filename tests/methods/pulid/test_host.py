@@ -19,8 +19,8 @@ from openpulid.methods.pulid.masks import stack_masks
 from openpulid.methods.pulid.projection import PROJECTIONS
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.methods.pulid.sdxl_attention import (
+    AttentionOptions,
     IdentityAttention,
-    IdentityOptions,
     SDXLInjection,
     cross_attentions,
 )
@@ -48,7 +48,7 @@ def reference_sdxl(
     unet: Any,
     adapter: PuLID,
     shown: Any,
-    options: IdentityOptions,
+    options: AttentionOptions,
     tensors: tuple[torch.Tensor, torch.Tensor],
     is_negative: bool,
 ) -> torch.Tensor:
@@ -79,7 +79,7 @@ def reference_sdxl(
 def test_sdxl_rows_match_hooks(sdxl, projection, layout) -> None:
     unet, adapter = sdxl
     layer = cross_attentions(unet)["1"]
-    options = IdentityOptions(0.8, projection=projection, num_zero=5)
+    options = AttentionOptions(0.8, projection=projection, num_zero=5)
     generator = torch.Generator().manual_seed(3)
     is_negative = rows(layout)
     shape = (len(is_negative), HEIGHT * WIDTH, layer.inner_dim)
@@ -97,7 +97,7 @@ def test_sdxl_rows_match_hooks(sdxl, projection, layout) -> None:
 def test_sdxl_people_with_masks_add_up(sdxl) -> None:
     unet, adapter = sdxl
     layer = cross_attentions(unet)["1"]
-    options = IdentityOptions(0.8, num_zero=5)
+    options = AttentionOptions(0.8, num_zero=5)
     generator = torch.Generator().manual_seed(4)
     query, text = torch.randn(2, 1, HEIGHT * WIDTH, layer.inner_dim, generator=generator)
     shown = [(anna, LEFT), (ben, 1 - LEFT)]
@@ -171,7 +171,7 @@ def test_weights_in_less_precision_are_only_stored_in_it(flux) -> None:
 def test_released_copies_are_created_again(sdxl) -> None:
     unet, adapter = sdxl
     layer = cross_attentions(unet)["1"]
-    host = SDXLHostIdentity.prepare(adapter, anna, IdentityOptions(0.8), LEFT)
+    host = SDXLHostIdentity.prepare(adapter, anna, AttentionOptions(0.8), LEFT)
     query, text = torch.randn(
         2, 1, HEIGHT * WIDTH, layer.inner_dim, generator=torch.Generator().manual_seed(6)
     )
@@ -196,7 +196,7 @@ def test_every_image_of_a_batch_has_its_mask(sdxl, flux, layout) -> None:
 
     def contributions(masks: torch.Tensor, chosen: slice) -> tuple[torch.Tensor, torch.Tensor]:
         negative = is_negative[chosen]
-        unet_host = SDXLHostIdentity.prepare(adapter, anna, IdentityOptions(0.8), masks)
+        unet_host = SDXLHostIdentity.prepare(adapter, anna, AttentionOptions(0.8), masks)
         flux_host = FluxHostIdentity.prepare(flux_adapter, blocks, anna, 0.8, masks)
         number, grid = len(negative) // len(layout) or 1, (HEIGHT, WIDTH)
         part = query[chosen]
@@ -222,7 +222,7 @@ def test_mask_of_another_ratio_is_cropped(sdxl, caplog: pytest.LogCaptureFixture
     wide = torch.nn.functional.pad(left, (5, 5), value=1.0)
 
     def contribution(mask: torch.Tensor) -> torch.Tensor:
-        host = SDXLHostIdentity.prepare(adapter, anna, IdentityOptions(0.8), mask)
+        host = SDXLHostIdentity.prepare(adapter, anna, AttentionOptions(0.8), mask)
         grid = (HEIGHT, WIDTH)
         return host.contribution("1", query, query, layer.heads, rows([0]), grid, num_images=2)
 
@@ -237,7 +237,7 @@ def test_mask_of_another_ratio_is_cropped(sdxl, caplog: pytest.LogCaptureFixture
 def test_wrong_number_of_masks_raises(sdxl) -> None:
     unet, adapter = sdxl
     layer = cross_attentions(unet)["1"]
-    host = SDXLHostIdentity.prepare(adapter, anna, IdentityOptions(0.8), LEFT.repeat(3, 1, 1))
+    host = SDXLHostIdentity.prepare(adapter, anna, AttentionOptions(0.8), LEFT.repeat(3, 1, 1))
     query = torch.zeros(4, HEIGHT * WIDTH, layer.inner_dim)
     arguments = (query, query, layer.heads, rows([1, 0]), (HEIGHT, WIDTH))
     with pytest.raises(OptionError, match="has 3 masks, and the batch has 2 images"):
@@ -248,7 +248,7 @@ def test_wrong_number_of_masks_raises(sdxl) -> None:
 def test_mask_on_merged_positions_raises(sdxl) -> None:
     unet, adapter = sdxl
     layer = cross_attentions(unet)["1"]
-    host = SDXLHostIdentity.prepare(adapter, anna, IdentityOptions(0.8), LEFT)
+    host = SDXLHostIdentity.prepare(adapter, anna, AttentionOptions(0.8), LEFT)
     merged = torch.zeros(1, HEIGHT * WIDTH - 5, layer.inner_dim)
     with pytest.raises(OptionError, match="token merging"):
         host.contribution("1", merged, merged, layer.heads, [False], (HEIGHT, WIDTH))

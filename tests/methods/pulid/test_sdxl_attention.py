@@ -22,9 +22,9 @@ from openpulid.methods.pulid.projection import (
 )
 from openpulid.methods.pulid.sdxl import PuLID, compiling_pays
 from openpulid.methods.pulid.sdxl_attention import (
+    AttentionOptions,
     IdentityAttention,
     IdentityLayer,
-    IdentityOptions,
     SDXLCall,
     SDXLInjection,
     create_identity_layers,
@@ -68,7 +68,7 @@ def check_layer(golden, mode: str, zeros: int, compiled: bool) -> None:
     )
     layer = golden.fill(IdentityLayer(64, 32), "attn2.processor.")
     pair = tuple(x[:, None] for x in layer(golden.input("attn.id", 2, 10, 32)))  # (P, J, N, hidden)
-    options = IdentityOptions(0.8, projection=MODES[mode], num_zero=zeros, compiled=compiled)
+    options = AttentionOptions(0.8, projection=MODES[mode], num_zero=zeros, compiled=compiled)
     injection = SDXLInjection(
         {"1": pair}, dict, lambda: False, lambda timestep: SchedulePosition(0.0), options
     )

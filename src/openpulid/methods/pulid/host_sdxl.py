@@ -17,7 +17,7 @@ from openpulid.methods.pulid.masks import convert_masks
 from openpulid.methods.pulid.projection import zero_token_bias
 from openpulid.methods.pulid.sdxl import PuLID
 from openpulid.methods.pulid.sdxl_attention import (
-    IdentityOptions,
+    AttentionOptions,
     KeyValue,
     split_heads,
 )
@@ -34,7 +34,7 @@ class SDXLHostIdentity(HostIdentity):
     """
 
     keys_values: Mapping[str, KeyValue] = field(default_factory=dict)
-    options: IdentityOptions = field(default_factory=IdentityOptions)
+    options: AttentionOptions = field(default_factory=AttentionOptions)
 
     @classmethod
     @torch.no_grad()
@@ -42,7 +42,7 @@ class SDXLHostIdentity(HostIdentity):
         cls,
         adapter: PuLID,
         identity: Identity,
-        options: IdentityOptions,
+        options: AttentionOptions,
         masks: Tensor | None = None,
     ) -> SDXLHostIdentity:
         """Compute the keys and values of all layers.

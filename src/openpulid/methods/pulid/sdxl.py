@@ -25,8 +25,8 @@ from openpulid.methods.pulid.flux import PuLIDFlux
 from openpulid.methods.pulid.masks import People, normalize_people, stack_masks
 from openpulid.methods.pulid.projection import Projection
 from openpulid.methods.pulid.sdxl_attention import (
+    AttentionOptions,
     IdentityLayer,
-    IdentityOptions,
     KeyValue,
     SDXLInjection,
     create_identity_layers,
@@ -290,7 +290,7 @@ class PuLID(PuLIDBase):
         check_scale(scale)
         masks = stack_masks(prompts)
         with Span(start, end).watch("the identity") as span:
-            options = IdentityOptions(scale, span, projection, num_zero, compiled)
+            options = AttentionOptions(scale, span, projection, num_zero, compiled)
             with self._open(positive, negative, options, masks, guided, pipe):
                 yield self
 
@@ -341,7 +341,7 @@ class PuLID(PuLIDBase):
                 )
             return self.keys_values(negative[:, None])
 
-        options = IdentityOptions(scale, Span(start, end), projection, num_zero, compiled)
+        options = AttentionOptions(scale, Span(start, end), projection, num_zero, compiled)
         with self._open(positive, negative_keys_values, options, None, guided, pipe):
             yield self
 
@@ -350,7 +350,7 @@ class PuLID(PuLIDBase):
         self,
         positive: Callable[[], KeysValues],
         negative: Callable[[], KeysValues],
-        options: IdentityOptions,
+        options: AttentionOptions,
         masks: Tensor | None,
         guided: bool | None,
         pipe: Any,

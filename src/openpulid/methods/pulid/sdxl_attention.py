@@ -111,7 +111,7 @@ def _is_copyable(source: Tensor, target: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class IdentityOptions:
+class AttentionOptions:
     """How an identity acts in the U-Net; see `PuLID.use`.
 
     Raises:
@@ -176,7 +176,7 @@ class SDXLInjection:
     negative: Callable[[], Mapping[str, KeyValue]]
     is_guided: Callable[[], bool]
     position: Callable[[Any], SchedulePosition]
-    options: IdentityOptions
+    options: AttentionOptions
     masks: Tensor | None = None
     calls: dict[int, SDXLCall] = field(default_factory=dict)
     can_compile: bool = True
