@@ -25,7 +25,7 @@ from openpulid.io.networks import (
     read_parts,
 )
 from openpulid.pipelines.lora_loading import fuse_lora
-from openpulid.pipelines.model_set import BASE_NAMES, Family, ModelSet
+from openpulid.pipelines.model_set import FAMILIES, Family, ModelSet
 from openpulid.pipelines.samplers import build_scheduler, check_scheduler
 from openpulid.pipelines.single_files import (
     check_channels,
@@ -40,46 +40,7 @@ from openpulid.pipelines.weights import resolve_optional, resolve_path
 
 logger = logging.getLogger(__name__)
 
-SDXL_PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-TEXT_PARTS: dict[Family, tuple[str, ...]] = {
-    "flux": ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
-    "chroma": ("text_encoder", "tokenizer"),
-    "flux2": ("text_encoder", "tokenizer"),
-    "z-image": ("text_encoder", "tokenizer"),
-    "qwen-image": ("text_encoder", "tokenizer"),
-}
-TEXT_ENCODERS: dict[Family, str] = {
-    "flux": "CLIP and T5",
-    "chroma": "T5",
-    "flux2": "Qwen3",
-    "z-image": "Qwen3",
-    "qwen-image": "Qwen2.5-VL",
-}
-PIPELINES: dict[Family, str] = {
-    "flux": "FluxPipeline",
-    "chroma": "ChromaPipeline",
-    "flux2": "Flux2KleinPipeline",
-    "z-image": "ZImagePipeline",
-    "qwen-image": "QwenImagePipeline",
-}
-"""diffusers' class of a family's pipeline."""
-
-CLASS_NAMES: dict[Family, str] = {
-    "sdxl": "StableDiffusionXL",
-    "flux": "Flux(?!2)",
-    "chroma": "Chroma",
-    "flux2": "Flux2Klein",
-    "z-image": "ZImage",
-    "qwen-image": "QwenImage",
-}
-"""Patterns of how the names of a family's pipelines begin."""
-
-ADVICE: dict[Family, str] = {
-    "flux2": "use --preset flux2-klein",
-    "z-image": "no adapter for it is published: train one with `pulid train z_image_stage1`",
-    "qwen-image": "no adapter for it is published: train one with `pulid train qwen_image_stage1`",
-}
-"""What to do with a pipeline of a family without a preset of that name."""
+SDXL_PARTS = ("unet", "vae", *FAMILIES["sdxl"].text_parts)
 
 
 def check_base(models: ModelSet) -> None:
@@ -159,11 +120,12 @@ def load_with_transformer(models: ModelSet, dtype: torch.dtype) -> Any:
     path = _pipeline_path(models)
     parts = _check_index(path, models.family)
     _check_distilled(path, models.is_distilled)
-    missing = [name for name in TEXT_PARTS[models.family] if not (path / name).is_dir()]
+    facts = FAMILIES[models.family]
+    missing = [name for name in facts.text_parts if not (path / name).is_dir()]
     if missing:
         raise WeightsError(
             f"{path} lacks {' and '.join(missing)}; {models.base_name} needs "
-            f"{TEXT_ENCODERS[models.family]}: download the complete pipeline."
+            f"{facts.text_encoders}: download the complete pipeline."
         )
     scheduler, _ = _read_scheduler(path, parts)
     if not scheduler.startswith("FlowMatch"):
@@ -187,7 +149,7 @@ def load_with_transformer(models: ModelSet, dtype: torch.dtype) -> Any:
             networks["transformer"] = load_transformer_file(source, path, dtype, models.family)
     if "transformer" in parts:
         _check_transformer(path / "transformer", vae, models)
-    pipeline_class = getattr(diffusers, PIPELINES[models.family])
+    pipeline_class = getattr(diffusers, facts.pipeline_class)
     pipe = _load_parts(pipeline_class, path, parts, dtype, networks)
     if models.few_step_lora is not None:
         fuse_lora(pipe, resolve_path(models.few_step_lora))
@@ -216,15 +178,16 @@ def _read_index(path: Path) -> tuple[str, dict[str, Part]]:
 def _check_index(path: Path, family: Family) -> dict[str, Part]:
     """Return the parts of a pipeline; raise WeightsError if it is of another family."""
     class_name, parts = _read_index(path)
-    if not re.match(CLASS_NAMES[family], class_name):
+    facts = FAMILIES[family]
+    if not re.match(facts.class_pattern, class_name):
         advice = [
-            f"; {ADVICE.get(other, f'use --preset {other}')}"
-            for other, pattern in CLASS_NAMES.items()
-            if re.match(pattern, class_name)
+            f"; {other.advice}"
+            for other in FAMILIES.values()
+            if re.match(other.class_pattern, class_name)
         ]
         article = "an" if family == "sdxl" else "a"
         raise WeightsError(
-            f"{path} cannot be loaded for {article} {BASE_NAMES[family].removesuffix('.1')} "
+            f"{path} cannot be loaded for {article} {facts.name.removesuffix('.1')} "
             f"preset: it is a {class_name}{''.join(advice)}."
         )
     return parts

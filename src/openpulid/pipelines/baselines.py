@@ -10,7 +10,7 @@ from typing import Any, Literal
 from openpulid.errors import OptionError
 from openpulid.methods.registry import TUNED_METHODS, UNPUBLISHED_METHODS
 from openpulid.pipelines.model_set import (
-    BASE_NAMES,
+    FAMILIES,
     MINI_ADAPTERS,
     MINI_FLUX_ADAPTERS,
     MINI_LATENT_ENCODER,
@@ -131,7 +131,7 @@ def find_baseline(method: str, models: ModelSet, preset: str) -> Baseline:
     baseline = BASELINES[method]
     if baseline.family != models.family:
         raise OptionError(
-            f"{method} is only available for {BASE_NAMES[baseline.family].removesuffix('.1')} "
+            f"{method} is only available for {FAMILIES[baseline.family].name.removesuffix('.1')} "
             f"presets, and {preset} is not one; choose another preset or PuLID."
         )
     if not models.is_miniature:

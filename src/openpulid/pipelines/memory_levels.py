@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from openpulid.errors import OptionError, suggest
-from openpulid.pipelines.model_set import BASE_NAMES, Family
+from openpulid.pipelines.model_set import FAMILIES, Family
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,7 @@ SDXL_LEVELS: dict[str, Level] = {
 """Each leaves room for a ControlNet, which is kept like the U-Net."""
 
 LEVELS: dict[Family, Mapping[str, Level]] = {
-    "sdxl": SDXL_LEVELS,
-    "flux": FLUX_LEVELS,
-    "chroma": FLUX_LEVELS,
-    "flux2": FLUX_LEVELS,
-    "z-image": FLUX_LEVELS,
-    "qwen-image": FLUX_LEVELS,
+    family: SDXL_LEVELS if family == "sdxl" else FLUX_LEVELS for family in FAMILIES
 }
 """Memory levels by family and name. All use features of diffusers: layerwise casting, model
 offload, group offload with streams. The effect of 8 bits on identity similarity has not been
@@ -87,8 +82,8 @@ def find_level(family: Family, name: str) -> Level:
     levels = LEVELS[family]
     if name not in levels:
         raise OptionError(
-            f"there is no memory level {name!r} for {BASE_NAMES[family]}{suggest(name, levels)}; "
-            f"choose one of {', '.join(levels)}."
+            f"there is no memory level {name!r} for {FAMILIES[family].name}"
+            f"{suggest(name, levels)}; choose one of {', '.join(levels)}."
         )
     return levels[name]
 

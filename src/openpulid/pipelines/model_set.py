@@ -7,6 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from openpulid.io.checkpoint_kinds import (
+    CHROMA,
+    FLUX,
+    FLUX2,
+    QWEN_IMAGE,
+    SDXL,
+    Z_IMAGE,
+    CheckpointKind,
+)
 from openpulid.methods.registry import TUNED_METHODS
 from openpulid.pipelines.request_fields import RequestError
 
@@ -20,15 +29,95 @@ Family = Literal["sdxl", "flux", "chroma", "flux2", "z-image", "qwen-image"]
 without CLIP and without distilled guidance. FLUX.2 is FLUX.2 klein, for which no adapter is
 published. Z-Image and Qwen-Image are for training."""
 
-BASE_NAMES: dict[Family, str] = {
-    "sdxl": "SDXL",
-    "flux": "FLUX.1",
-    "chroma": "Chroma",
-    "flux2": "FLUX.2",
-    "z-image": "Z-Image",
-    "qwen-image": "Qwen-Image",
+
+@dataclass(frozen=True)
+class FamilyFacts:
+    """How the base models of a family are named and stored.
+
+    Attributes:
+        name: how messages call the architecture.
+        pipeline_class: diffusers' class of the pipeline.
+        class_pattern: matches the beginning of the class names of all its pipelines.
+        network_class: diffusers' class of the U-Net or transformer.
+        file_kind: what a single file is: a whole base model for SDXL, a transformer for others.
+        text_parts: text encoders and tokenizers of a pipeline.
+        text_encoders: how messages call the text encoders.
+        advice: what to do with such a pipeline if a preset is for another family.
+    """
+
+    name: str
+    pipeline_class: str
+    class_pattern: str
+    network_class: str
+    file_kind: CheckpointKind
+    text_parts: tuple[str, ...]
+    text_encoders: str
+    advice: str
+
+
+FAMILIES: dict[Family, FamilyFacts] = {
+    "sdxl": FamilyFacts(
+        name="SDXL",
+        pipeline_class="StableDiffusionXLPipeline",
+        class_pattern="StableDiffusionXL",
+        network_class="UNet2DConditionModel",
+        file_kind=SDXL,
+        text_parts=("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"),
+        text_encoders="both encoders of CLIP",
+        advice="use --preset sdxl",
+    ),
+    "flux": FamilyFacts(
+        name="FLUX.1",
+        pipeline_class="FluxPipeline",
+        class_pattern="Flux(?!2)",
+        network_class="FluxTransformer2DModel",
+        file_kind=FLUX,
+        text_parts=("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
+        text_encoders="CLIP and T5",
+        advice="use --preset flux",
+    ),
+    "chroma": FamilyFacts(
+        name="Chroma",
+        pipeline_class="ChromaPipeline",
+        class_pattern="Chroma",
+        network_class="ChromaTransformer2DModel",
+        file_kind=CHROMA,
+        text_parts=("text_encoder", "tokenizer"),
+        text_encoders="T5",
+        advice="use --preset chroma",
+    ),
+    "flux2": FamilyFacts(
+        name="FLUX.2",
+        pipeline_class="Flux2KleinPipeline",
+        class_pattern="Flux2Klein",
+        network_class="Flux2Transformer2DModel",
+        file_kind=FLUX2,
+        text_parts=("text_encoder", "tokenizer"),
+        text_encoders="Qwen3",
+        advice="use --preset flux2-klein",
+    ),
+    "z-image": FamilyFacts(
+        name="Z-Image",
+        pipeline_class="ZImagePipeline",
+        class_pattern="ZImage",
+        network_class="ZImageTransformer2DModel",
+        file_kind=Z_IMAGE,
+        text_parts=("text_encoder", "tokenizer"),
+        text_encoders="Qwen3",
+        advice="no adapter for it is published: train one with `pulid train z_image_stage1`",
+    ),
+    "qwen-image": FamilyFacts(
+        name="Qwen-Image",
+        pipeline_class="QwenImagePipeline",
+        class_pattern="QwenImage",
+        network_class="QwenImageTransformer2DModel",
+        file_kind=QWEN_IMAGE,
+        text_parts=("text_encoder", "tokenizer"),
+        text_encoders="Qwen2.5-VL",
+        advice="no adapter for it is published: train one with `pulid train qwen_image_stage1`",
+    ),
 }
-"""How messages call an architecture."""
+"""What loaders and messages need to know of each family."""
 
 MINI_ADAPTERS = {
     "elite": "elite.safetensors",
@@ -159,7 +248,7 @@ class ModelSet:
         """How messages call the architecture of the base model."""
         if self.is_miniature:
             return "the miniature"
-        return BASE_NAMES[self.family]
+        return FAMILIES[self.family].name
 
     def require_adapter(self) -> WeightSource:
         """Return the source of the adapter.

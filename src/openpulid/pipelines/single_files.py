@@ -20,14 +20,8 @@ from torch import Tensor, nn
 
 from openpulid.errors import WeightsError
 from openpulid.io.checkpoint_kinds import (
-    CHROMA,
-    FLUX,
-    FLUX2,
-    QWEN_IMAGE,
     SDXL,
     UNET,
-    Z_IMAGE,
-    CheckpointKind,
     Header,
     describe_kind,
     find_kind,
@@ -41,7 +35,7 @@ from openpulid.io.networks import (
     describe_load_errors,
     read_config,
 )
-from openpulid.pipelines.model_set import BASE_NAMES, Family
+from openpulid.pipelines.model_set import FAMILIES, Family
 from openpulid.pipelines.presets import PRESETS
 from openpulid.pipelines.samplers import Prediction
 
@@ -53,15 +47,6 @@ CHANNELS = {
     384: "inpainting (FLUX.1 Fill)",
 }
 """Input channels of base models that read more than noisy latents, and what these are for."""
-
-TRANSFORMERS: dict[Family, tuple[str, CheckpointKind]] = {
-    "flux": ("FluxTransformer2DModel", FLUX),
-    "chroma": ("ChromaTransformer2DModel", CHROMA),
-    "flux2": ("Flux2Transformer2DModel", FLUX2),
-    "z-image": ("ZImageTransformer2DModel", Z_IMAGE),
-    "qwen-image": ("QwenImageTransformer2DModel", QWEN_IMAGE),
-}
-"""diffusers' class of a family's transformer, and what its file is."""
 
 FLOAT8_FORMATS = ("float8_e4m3fn", "float8_e5m2")
 
@@ -189,7 +174,7 @@ def load_transformer_file(path: Path, pipeline: Path, dtype: torch.dtype, family
         "torch_dtype": dtype,
         "local_files_only": True,
     }
-    advice = f"use a {BASE_NAMES[family]} transformer of the preset's sizes"
+    advice = f"use a {FAMILIES[family].name} transformer of the preset's sizes"
     with describe_load_errors(path, advice):
         if path.suffix == ".gguf":
             from diffusers import GGUFQuantizationConfig
@@ -238,9 +223,9 @@ def check_transformer_file(path: Path, pipeline: Path, family: Family) -> None:
     names = header.shapes
     architecture = header.metadata.get("architecture", family)
     is_expected = architecture in ("flux", family)  # programs write flux for its relatives as well
-    if find_kind(names) is not TRANSFORMERS[family][1] or not is_expected:
+    if find_kind(names) is not FAMILIES[family].file_kind or not is_expected:
         what = describe_kind(names) if is_expected else f"it is of {architecture}"
-        raise WeightsError(f"{path} is no {BASE_NAMES[family]} transformer; {what}.")
+        raise WeightsError(f"{path} is no {FAMILIES[family].name} transformer; {what}.")
     _check_quantization(path, header)
     for name in ("img_in.weight", f"{UNET}img_in.weight", "x_embedder.weight"):
         if name in names and path.suffix != ".gguf":
@@ -342,7 +327,7 @@ def find_transformer_class(family: Family) -> Any:
     """Return diffusers' class of a family's transformer."""
     import diffusers
 
-    return getattr(diffusers, TRANSFORMERS[family][0])
+    return getattr(diffusers, FAMILIES[family].network_class)
 
 
 def _expected_names(transformer_class: Any, pipeline: Path) -> set[str]:
