@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from openpulid.bench.equal_similarity import (
+    PRESERVATION,
     EqualSimilarity,
     Match,
+    Point,
     compare_at_equal_similarity,
     find_segment,
+    match_point,
 )
 from openpulid.bench.report import write_report
 from openpulid.bench.run_dir import BASE, Record, Run, RunDir, SampleKey, Subject
@@ -30,6 +34,8 @@ LOW: Metrics = {"face_sim": (0.1, 0.3), "clip_i": (0.96, 0.98), "outside_face": 
 HIGH: Metrics = {"face_sim": (0.5, 0.7), "clip_i": (0.80, 0.90), "outside_face": (0.06, 0.05)}
 OTHER: Metrics = {"face_sim": (0.2, 0.6), "clip_i": (0.83, 0.95), "outside_face": (0.05, 0.06)}
 """Halfway between LOW and HIGH in the mean of face_sim: .2, .4, .6."""
+
+UNMEASURED = {name: torch.full((32,), torch.nan, dtype=torch.float64) for name in PRESERVATION}
 
 
 def build_record(key: SampleKey, scale: float, metrics: Mapping[str, float | None]) -> Record:
@@ -77,12 +83,74 @@ def test_reference_is_interpolated_per_person() -> None:
     # anna: (.96 + .80) / 2 - .83 = +.05, ben: (.98 + .90) / 2 - .95 = -.01
     clip_i = match.differences["clip_i"]
     assert clip_i.interval.mean == pytest.approx(0.02)
-    assert (clip_i.interval.low, clip_i.interval.high) == pytest.approx((-0.01, 0.05))
     assert (clip_i.num_better, clip_i.num_people) == (1, 2)
     # anna: .04 - .05, ben: .04 - .06; less change is better
     outside = match.differences["outside_face"]
     assert outside.interval.mean == pytest.approx(-0.015)
     assert (outside.num_better, outside.num_people) == (2, 2)
+
+
+def test_fraction_is_found_again_in_each_bootstrap_sample() -> None:
+    """A quarter of the samples is anna alone, another one ben alone."""
+    match = compare_one(OTHER)
+    # anna alone: .2 is a quarter of the way from .1 to .5, and .92 - .83 = +.09
+    # ben alone: .6 is three quarters of the way from .3 to .7, and .92 - .95 = -.03
+    clip_i = match.differences["clip_i"].interval
+    assert (clip_i.low, clip_i.high) == pytest.approx((-0.03, 0.09))
+    # .03 - .05 and .045 - .06; both: -.015
+    outside = match.differences["outside_face"].interval
+    assert (outside.low, outside.high) == pytest.approx((-0.02, -0.015))
+    assert match.share == 1
+
+
+def test_bootstrap_samples_off_the_curve_are_skipped_and_reported() -> None:
+    other: Metrics = {"face_sim": (0.0, 0.6), "clip_i": (0.83, 0.95)}
+    curve = {("pulid", 0.8): HIGH, ("pulid@0.4", 0.4): LOW}
+    comparison = compare({**curve, ("faceid", 1.0): other})
+    (match,) = comparison.matches
+    # anna alone is below the curve, a quarter of the samples; both: .3, a quarter of the way
+    assert match.share == pytest.approx(0.75, abs=0.02)
+    assert comparison.notes == [
+        f"faceid is near an end of the curve of pulid: its face_sim is on the curve in "
+        f"{match.share:.0%} of the bootstrap samples, and its intervals are from these alone."
+    ]
+    # both: (.92 - .83 + .96 - .95) / 2, ben alone: .92 - .95
+    clip_i = match.differences["clip_i"].interval
+    assert (clip_i.low, clip_i.high) == pytest.approx((-0.03, 0.05))
+
+
+def test_intervals_cover_the_true_difference() -> None:
+    """32 people, numbers like those of the miniature, and a curve that is flat at its end.
+
+    The similarity of the method is .385, where the curve gains .033 for a clip_i of .042.
+    """
+    curve_sim = torch.tensor([0.184, 0.306, 0.366, 0.399], dtype=torch.float64)
+    curve_clip = torch.tensor([0.977, 0.954, 0.930, 0.888], dtype=torch.float64)
+    fraction = (0.385 - 0.366) / 0.033
+    truth = 0.930 - fraction * 0.042 - 0.90
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
+    num_covered = 0
+    for _ in range(40):
+        person = draw(32)
+        curve = []
+        clip_noise = 0.012 * draw(32)
+        for row in range(4):
+            face_sim = curve_sim[row] + 0.058 * person + 0.02 * draw(32)
+            means = {"face_sim": face_sim, "clip_i": curve_clip[row] + clip_noise}
+            curve.append(Point(f"pulid@{row}", row, {**UNMEASURED, **means}))
+        face_sim = 0.385 + 0.06 * (0.5 * person + 0.75**0.5 * draw(32))
+        means = {"face_sim": face_sim, "clip_i": 0.90 + 0.0087 * draw(32)}
+        match = match_point(curve, Point("lora", 1.0, {**UNMEASURED, **means}), face_sim > -1)
+        if match is None:  # above the curve
+            continue
+        interval = match.differences["clip_i"].interval
+        num_covered += interval.low <= truth <= interval.high
+    # of 37; with a fixed fraction 9
+    assert num_covered >= 33
 
 
 def test_fraction_follows_the_similarity() -> None:
@@ -213,7 +281,7 @@ def test_comparison_is_in_all_reports(tmp_path: Path) -> None:
     text = (tmp_path / "report.md").read_text("utf-8")
     assert f"## {EQUAL_SIMILARITY_TITLE}" in text
     assert "| method | face_sim | scale of pulid | clip_i ↑ | outside_face ↓ |" in text
-    assert "| faceid | 0.400 | 0.60 | +0.020 ± 0.030 (1 of 2) | -0.015 ± 0.005 (2 of 2) |" in text
+    assert "| faceid | 0.400 | 0.60 | +0.020 ± 0.060 (1 of 2) | -0.018 ± 0.003 (2 of 2) |" in text
     assert "faceid@0.1 is left out" in text
     data = json.loads((tmp_path / "report.json").read_text("utf-8"))["equal_similarity"]
     assert data["reference"] == "pulid" and len(data["notes"]) == 1
@@ -223,10 +291,10 @@ def test_comparison_is_in_all_reports(tmp_path: Path) -> None:
             "face_sim": 0.4,
             "scale": 0.6,
             "differences": {
-                "clip_i": {"mean": 0.02, "interval": [-0.01, 0.05], "better": 1, "people": 2},
+                "clip_i": {"mean": 0.02, "interval": [-0.03, 0.09], "better": 1, "people": 2},
                 "outside_face": {
                     "mean": -0.015,
-                    "interval": [-0.02, -0.01],
+                    "interval": [-0.02, -0.015],
                     "better": 2,
                     "people": 2,
                 },
@@ -235,7 +303,7 @@ def test_comparison_is_in_all_reports(tmp_path: Path) -> None:
     ]
     page = (tmp_path / "report.html").read_text("utf-8")
     assert f"<h2>{EQUAL_SIMILARITY_TITLE}</h2>" in page
-    assert "+0.020 ± 0.030 (1 of 2)" in page and "faceid@0.1 is left out" in page
+    assert "+0.020 ± 0.060 (1 of 2)" in page and "faceid@0.1 is left out" in page
 
 
 def test_report_of_one_method_has_no_comparison() -> None:

@@ -25,8 +25,8 @@ from openpulid.bench.metrics import (
     Interval,
     LpipsOutside,
     OutsideFace,
-    bootstrap,
 )
+from openpulid.bench.metrics.bootstrap import draw_subjects, percentile_interval
 from openpulid.bench.run_dir import BASE, Run
 from openpulid.pipelines.baselines import BASELINES
 
@@ -35,6 +35,9 @@ PRESERVATION = {
     for metric in (ClipT, ClipI, Dino, OutsideFace, LpipsOutside, Attributes)
 }
 """Metrics that are compared, where they were measured -> whether more is better."""
+
+MIN_SHARE = 0.95
+"""A row that is on the reference's curve in fewer bootstrap samples is reported."""
 
 
 class HasScale(Protocol):
@@ -96,12 +99,14 @@ class Match:
         face_sim: mean over people, equal for both.
         scale: of the reference, between two of its rows.
         differences: metric -> reference minus method.
+        share: of the bootstrap samples of people in which the reference has this similarity too.
     """
 
     method: str
     face_sim: float
     scale: float
     differences: Mapping[str, PairedDifference]
+    share: float
 
 
 @dataclass(frozen=True)
@@ -124,8 +129,8 @@ def compare_at_equal_similarity(run: Run) -> EqualSimilarity | None:
 
     The reference is interpolated per person, linearly between two neighboring scales, at the
     fraction where its mean face_sim equals that of the other method. Where the curve passes this
-    similarity twice, the lower scale is used. The intervals hold for this scale: its own
-    uncertainty is not included.
+    similarity twice, the lower scale is used. The fraction is estimated from the same people as
+    the differences, so the bootstrap interpolates again in each of its samples.
 
     Args:
         run: the run.
@@ -157,26 +162,85 @@ def compare_at_equal_similarity(run: Run) -> EqualSimilarity | None:
                 f"{reference}."
             )
             continue
-        similarities = [each.face_sim[people].mean().item() for each in curve]
-        similarity = point.face_sim[people].mean().item()
-        segment = find_segment(similarities, similarity)
-        if segment is None:
+        match = match_point(curve, point, people)
+        if match is None:
+            similarities = [row.face_sim[people].mean().item() for row in curve]
             notes.append(
-                f"{point.method} is left out: its face_sim of {similarity:.3f} is outside the "
-                f"curve of {reference}, {min(similarities):.3f} to {max(similarities):.3f}."
+                f"{point.method} is left out: its face_sim of "
+                f"{point.face_sim[people].mean().item():.3f} is outside the curve of {reference}, "
+                f"{min(similarities):.3f} to {max(similarities):.3f}."
             )
             continue
-        index, fraction = segment
-        start, end = curve[index : index + 2]
-        scale = start.scale + fraction * (end.scale - start.scale)
-        differences = {}
-        for name, higher_is_better in PRESERVATION.items():
-            interpolated = torch.lerp(start.means[name], end.means[name], fraction)
-            difference = (interpolated - point.means[name])[people]
-            if not difference.isnan().all():
-                differences[name] = summarize(difference, higher_is_better)
-        matches.append(Match(point.method, similarity, scale, differences))
+        matches.append(match)
+        if match.share < MIN_SHARE:
+            notes.append(
+                f"{point.method} is near an end of the curve of {reference}: its face_sim is on "
+                f"the curve in {match.share:.0%} of the bootstrap samples, and its intervals are "
+                "from these alone."
+            )
     return EqualSimilarity(reference, matches, notes)
+
+
+def match_point(curve: Sequence[Point], point: Point, people: Tensor) -> Match | None:
+    """Compare a row of a method with the reference at the same mean similarity.
+
+    Args:
+        curve: C rows of the reference, by increasing scale.
+        point: the row of the method.
+        people: (P,) bool, the people who are compared.
+
+    Returns:
+        The comparison; None if the reference does not have the similarity of the row.
+    """
+    rows = [*curve, point]
+    similarities = torch.stack([row.face_sim[people] for row in rows])
+    draws = draw_subjects(int(people.sum()))
+    weights = find_weights(similarities.mean(1)[None])
+    if weights.isnan().any():
+        return None
+    resampled_weights = find_weights(similarities[:, draws].mean(2).T)
+
+    differences = {}
+    for name, higher_is_better in PRESERVATION.items():
+        values = torch.stack([row.means[name][people] for row in rows])
+        values[:, values.isnan().any(0)] = math.nan
+        difference = weights[0] @ values
+        if difference.isnan().all():
+            continue
+        resampled = (resampled_weights * values[:, draws].nanmean(2).T).sum(1)
+        differences[name] = summarize(difference, resampled, higher_is_better)
+    scales = torch.tensor([row.scale for row in curve], dtype=torch.float64)
+    return Match(
+        point.method,
+        face_sim=similarities[-1].mean().item(),
+        scale=(weights[0, :-1] @ scales).item(),
+        differences=differences,
+        share=1 - resampled_weights.isnan().any(1).double().mean().item(),
+    )
+
+
+def find_weights(similarities: Tensor) -> Tensor:
+    """Find the differences "reference minus method at equal similarity", as weights of the rows.
+
+    Args:
+        similarities: (R, C + 1), in each of R samples of people the mean similarities of C rows of
+            the reference, by increasing scale, and of the method.
+
+    Returns:
+        (R, C + 1): weights of the reference's two neighboring rows, which sum to 1, and -1 for the
+        method. NaN in a sample where the reference does not have the method's similarity.
+    """
+    weights = torch.zeros_like(similarities)
+    weights[:, -1] = -1
+    for sample, (*curve, similarity) in enumerate(similarities.tolist()):
+        segment = find_segment(curve, similarity)
+        if segment is None:
+            weights[sample] = math.nan
+            continue
+        index, fraction = segment
+        weights[sample, index] = 1 - fraction
+        weights[sample, index + 1] = fraction
+    return weights
 
 
 def read_point(run: Run, method: str) -> Point:
@@ -230,11 +294,19 @@ def find_common_people(points: Sequence[Point]) -> Tensor:
     return ~torch.stack([point.face_sim for point in points]).isnan().any(0)
 
 
-def summarize(difference: Tensor, higher_is_better: bool) -> PairedDifference:
-    """Summarize the differences of two methods, (P,) one per person; NaN is ignored."""
+def summarize(difference: Tensor, resampled: Tensor, higher_is_better: bool) -> PairedDifference:
+    """Summarize the differences of two methods.
+
+    Args:
+        difference: (P,) one per person; NaN is ignored.
+        resampled: (R,) mean difference in each bootstrap sample of people; NaN is ignored.
+        higher_is_better: the direction of the metric.
+    """
     valid = difference[~difference.isnan()]
     is_better = valid > 0 if higher_is_better else valid < 0
-    interval = bootstrap(valid, torch.arange(len(valid)))
+    interval = Interval(valid.mean().item())
+    if len(valid) > 1 and not resampled.isnan().all():
+        interval = percentile_interval(interval.mean, resampled[~resampled.isnan()])
     return PairedDifference(interval, int(is_better.sum()), len(valid))
 
 
