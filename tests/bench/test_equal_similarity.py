@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def build_record(key: SampleKey, scale: float, metrics: Mapping[str, float | Non
 
 def build_run(rows: Mapping[tuple[str, float], Metrics], suite: Suite = SUITE) -> Run:
     """Return a run with these metrics of METHOD and scale, the same for every prompt and seed."""
-    methods = [BASE, *(method for method, _ in rows)]
+    methods = [BASE, *(method for method, _ in rows if method != BASE)]
     run = Run(Path("unused"), suite, PEOPLE, methods, {}, {}, {})
     records = {}
     for (method, scale), metrics in rows.items():
@@ -141,10 +142,10 @@ def test_intervals_cover_the_true_difference() -> None:
         for row in range(4):
             face_sim = curve_sim[row] + 0.058 * person + 0.02 * draw(32)
             means = {"face_sim": face_sim, "clip_i": curve_clip[row] + clip_noise}
-            curve.append(Point(f"pulid@{row}", row, {**UNMEASURED, **means}))
+            curve.append(Point(f"pulid@{row}", row, False, {**UNMEASURED, **means}))
         face_sim = 0.385 + 0.06 * (0.5 * person + 0.75**0.5 * draw(32))
         means = {"face_sim": face_sim, "clip_i": 0.90 + 0.0087 * draw(32)}
-        match = match_point(curve, Point("lora", 1.0, {**UNMEASURED, **means}), face_sim > -1)
+        match = match_point(curve, Point("lora", 1.0, True, {**UNMEASURED, **means}), face_sim > -1)
         if match is None:  # above the curve
             continue
         interval = match.differences["clip_i"].interval
@@ -183,6 +184,29 @@ def test_every_row_of_a_method_is_compared_or_left_out_with_a_reason() -> None:
     assert comparison.notes == [
         "faceid is left out: its face_sim of 0.800 is outside the curve of pulid, 0.200 to 0.600."
     ]
+
+
+def test_curve_begins_with_the_base() -> None:
+    base: Metrics = {"face_sim": (0.0, 0.1), "clip_i": (1.0, 1.0), "outside_face": (0.0, 0.0)}
+    weak: Metrics = {"face_sim": (0.1, 0.15), "clip_i": (0.9, 0.9), "outside_face": (0.1, 0.1)}
+    rows = {("base", 0.0): base, ("pulid@0.4", 0.4): LOW, ("pulid", 0.8): HIGH}
+    comparison = compare({**rows, ("face0", 1.0): weak})
+    (match,) = comparison.matches
+    # .125 is half of the way from the base's .05 to .2
+    assert match.scale == pytest.approx(0.2)
+    assert match.differences["clip_i"].interval.mean == pytest.approx((0.98 + 0.99) / 2 - 0.9)
+    # a tuned method has another prompt than the base, which is not the method at scale 0
+    rows = {("base", 0.0): base, ("lora@0.4", 0.4): LOW, ("lora", 0.8): HIGH}
+    run = build_run({**rows, ("face0", 1.0): weak})
+    tuned = {
+        key: replace(record, configuration={**record.configuration, "recipe": {}})
+        if key.method.startswith("lora")
+        else record
+        for key, record in run.records.items()
+    }
+    comparison = compare_at_equal_similarity(replace(run, records=tuned))
+    assert comparison is not None and comparison.matches == []
+    assert "face0 is left out" in comparison.notes[0]
 
 
 def test_lower_scale_is_used_where_a_curve_turns_back() -> None:

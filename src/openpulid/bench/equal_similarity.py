@@ -62,11 +62,13 @@ class Point:
     Attributes:
         method: its name in the run.
         scale: identity scale.
+        is_tuned: whether the method was tuned on each person.
         means: metric -> (P,) mean over the images of each person; NaN where there is none.
     """
 
     method: str
     scale: float
+    is_tuned: bool
     means: Mapping[str, Tensor]
 
     @property
@@ -127,10 +129,11 @@ class EqualSimilarity:
 def compare_at_equal_similarity(run: Run) -> EqualSimilarity | None:
     """Compare every method with the first one of the run that has a scale.
 
-    The reference is interpolated per person, linearly between two neighboring scales, at the
-    fraction where its mean face_sim equals that of the other method. Where the curve passes this
-    similarity twice, the lower scale is used. The fraction is estimated from the same people as
-    the differences, so the bootstrap interpolates again in each of its samples.
+    The curve of the reference begins with the base, at scale 0. The reference is interpolated per
+    person, linearly between two neighboring scales, at the fraction where its mean face_sim equals
+    that of the other method. Where the curve passes this similarity twice, the lower scale is used.
+    The fraction is estimated from the same people as the differences, so the bootstrap interpolates
+    again in each of its samples.
 
     Args:
         run: the run.
@@ -151,6 +154,11 @@ def compare_at_equal_similarity(run: Run) -> EqualSimilarity | None:
             f"`--methods {reference}@0.3,{reference}@0.5,{reference}`."
         )
         return EqualSimilarity(reference, [], [note])
+    base = read_point(run, BASE)
+    # The base is the reference at scale 0: the same prompts and seeds without the identity. A tuned
+    # method has another prompt, with the word for the person.
+    if not curve[0].is_tuned and not base.face_sim.isnan().all():
+        curve = [base, *curve]
 
     matches = []
     notes = []
@@ -247,11 +255,13 @@ def read_point(run: Run, method: str) -> Point:
     """Compute the mean of each metric over the images of each person."""
     values: dict[tuple[str, str], list[float]] = {}
     scale = math.nan
+    is_tuned = False
     for key in run.keys(method):
         record = run.records.get(key)
         if record is None or not record.is_done:
             continue
         scale = record.configuration.get("scale", 0.0)
+        is_tuned = "recipe" in record.configuration
         for name in (FaceSim.name, *PRESERVATION):
             value = record.metrics.get(name)
             is_scored = run.suite.is_scored(key.prompt, identity=name in IDENTITY_METRICS)
@@ -261,7 +271,7 @@ def read_point(run: Run, method: str) -> Point:
     for name in (FaceSim.name, *PRESERVATION):
         lists = [values.get((name, person), []) for person in run.people]
         means[name] = torch.stack([torch.tensor(x, dtype=torch.float64).mean() for x in lists])
-    return Point(method, scale, means)
+    return Point(method, scale, is_tuned, means)
 
 
 def group_curves(rows: Sequence[Results]) -> dict[str, list[Results]]:
