@@ -142,10 +142,10 @@ def test_intervals_cover_the_true_difference() -> None:
         for row in range(4):
             face_sim = curve_sim[row] + 0.058 * person + 0.02 * draw(32)
             means = {"face_sim": face_sim, "clip_i": curve_clip[row] + clip_noise}
-            curve.append(Point(f"pulid@{row}", row, False, {**UNMEASURED, **means}))
+            curve.append(Point(f"pulid@{row}", row, {**UNMEASURED, **means}))
         face_sim = 0.385 + 0.06 * (0.5 * person + 0.75**0.5 * draw(32))
         means = {"face_sim": face_sim, "clip_i": 0.90 + 0.0087 * draw(32)}
-        match = match_point(curve, Point("lora", 1.0, True, {**UNMEASURED, **means}), face_sim > -1)
+        match = match_point(curve, Point("lora", 1.0, {**UNMEASURED, **means}), face_sim > -1)
         if match is None:  # above the curve
             continue
         interval = match.differences["clip_i"].interval
@@ -232,7 +232,7 @@ def test_person_without_all_rows_is_left_out() -> None:
     )
     assert comparison.matches == []
     assert comparison.notes == [
-        "faceid is left out: no person has images of it and of all rows of pulid."
+        "faceid is left out: no prompt and seed has an image of it and of all rows of pulid."
     ]
 
 
@@ -289,6 +289,26 @@ def test_images_of_a_person_are_averaged_over_the_scored_prompts() -> None:
     (match,) = comparison.matches
     assert match.face_sim == pytest.approx(0.4)
     assert match.differences["clip_i"].interval.mean == pytest.approx(0.02)
+
+
+def test_only_prompts_and_seeds_of_all_rows_are_compared() -> None:
+    """In an unfinished run, the hard prompt of ben is missing for one method."""
+    suite = replace(SUITE, prompts=[Prompt("easy"), Prompt("hard")])
+    rows = {("pulid@0.4", 0.4): LOW, ("pulid", 0.8): HIGH, ("faceid", 1.0): OTHER}
+    run = build_run(rows, suite)
+    records = {}
+    for key, record in run.records.items():
+        if key == SampleKey("faceid", "ben", 1, 1):
+            continue
+        clip_t = 60.0 if key.prompt == 0 else 50.0  # the same for all methods
+        records[key] = replace(record, metrics={**record.metrics, "clip_t": clip_t})
+    comparison = compare_at_equal_similarity(replace(run, records=records))
+    assert comparison is not None
+    clip_t = comparison.matches[0].differences["clip_t"]
+    assert clip_t.num_people == 2
+    assert (clip_t.interval.low, clip_t.interval.mean, clip_t.interval.high) == pytest.approx(
+        (0, 0, 0), abs=1e-9
+    )
 
 
 def test_comparison_is_in_all_reports(tmp_path: Path) -> None:

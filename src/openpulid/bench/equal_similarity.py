@@ -56,19 +56,39 @@ Results = TypeVar("Results", bound=HasScale)
 
 
 @dataclass(frozen=True)
+class Samples:
+    """The results of METHOD or METHOD@SCALE, per image.
+
+    Attributes:
+        method: its name in the run.
+        scale: identity scale.
+        is_tuned: whether the method was tuned on each person.
+        values: metric -> (P, K) of the K prompts and seeds of each person; NaN where there is none.
+    """
+
+    method: str
+    scale: float
+    is_tuned: bool
+    values: Mapping[str, Tensor]
+
+    @property
+    def has_face_sim(self) -> bool:
+        """Whether any image has an identity similarity."""
+        return not bool(self.values[FaceSim.name].isnan().all())
+
+
+@dataclass(frozen=True)
 class Point:
     """The results of METHOD or METHOD@SCALE, per person.
 
     Attributes:
         method: its name in the run.
         scale: identity scale.
-        is_tuned: whether the method was tuned on each person.
-        means: metric -> (P,) mean over the images of each person; NaN where there is none.
+        means: metric -> (P,) mean over images of each person; NaN where there is none.
     """
 
     method: str
     scale: float
-    is_tuned: bool
     means: Mapping[str, Tensor]
 
     @property
@@ -141,33 +161,34 @@ def compare_at_equal_similarity(run: Run) -> EqualSimilarity | None:
     Returns:
         The comparison; None if the run has fewer than two methods with images.
     """
-    points = [read_point(run, method) for method in run.methods if method != BASE]
-    curves = group_curves([point for point in points if not point.face_sim.isnan().all()])
+    methods = [read_samples(run, method) for method in run.methods if method != BASE]
+    curves = group_curves([samples for samples in methods if samples.has_face_sim])
     reference = next((name for name in curves if _has_scale(name)), None)
     if reference is None or len(curves) < 2:
         return None
-    curve = curves.pop(reference)
-    if len(curve) < 2:
+    reference_samples = curves.pop(reference)
+    if len(reference_samples) < 2:
         note = (
             f"The comparison at equal similarity needs {reference} at several scales: run the "
             "command again with `--scales 0.3,0.5,1`, or name them, as in "
             f"`--methods {reference}@0.3,{reference}@0.5,{reference}`."
         )
         return EqualSimilarity(reference, [], [note])
-    base = read_point(run, BASE)
+    base = read_samples(run, BASE)
     # The base is the reference at scale 0: the same prompts and seeds without the identity. A tuned
     # method has another prompt, with the word for the person.
-    if not curve[0].is_tuned and not base.face_sim.isnan().all():
-        curve = [base, *curve]
+    if base.has_face_sim and not reference_samples[0].is_tuned:
+        reference_samples = [base, *reference_samples]
 
     matches = []
     notes = []
-    for point in (point for other in curves.values() for point in other):
-        people = find_common_people([*curve, point])
+    for samples in (samples for rows in curves.values() for samples in rows):
+        *curve, point = average_common_images([*reference_samples, samples])
+        people = ~point.face_sim.isnan()
         if not people.any():
             notes.append(
-                f"{point.method} is left out: no person has images of it and of all rows of "
-                f"{reference}."
+                f"{point.method} is left out: no prompt and seed has an image of it and of all "
+                f"rows of {reference}."
             )
             continue
         match = match_point(curve, point, people)
@@ -211,7 +232,6 @@ def match_point(curve: Sequence[Point], point: Point, people: Tensor) -> Match |
     differences = {}
     for name, higher_is_better in PRESERVATION.items():
         values = torch.stack([row.means[name][people] for row in rows])
-        values[:, values.isnan().any(0)] = math.nan
         difference = weights[0] @ values
         if difference.isnan().all():
             continue
@@ -251,9 +271,13 @@ def find_weights(similarities: Tensor) -> Tensor:
     return weights
 
 
-def read_point(run: Run, method: str) -> Point:
-    """Compute the mean of each metric over the images of each person."""
-    values: dict[tuple[str, str], list[float]] = {}
+def read_samples(run: Run, method: str) -> Samples:
+    """Read the metrics of all images of a row of the run."""
+    suite = run.suite
+    num_prompts = max(len(suite.prompts_of(person)) for person in run.people)
+    shape = (len(run.people), num_prompts * len(suite.seeds))
+    names = (FaceSim.name, *PRESERVATION)
+    values = {name: torch.full(shape, math.nan, dtype=torch.float64) for name in names}
     scale = math.nan
     is_tuned = False
     for key in run.keys(method):
@@ -262,16 +286,32 @@ def read_point(run: Run, method: str) -> Point:
             continue
         scale = record.configuration.get("scale", 0.0)
         is_tuned = "recipe" in record.configuration
-        for name in (FaceSim.name, *PRESERVATION):
+        row = run.people.index(key.person)
+        column = suite.prompts_of(key.person).index(key.prompt) * len(suite.seeds)
+        column += suite.seeds.index(key.seed)
+        for name in names:
             value = record.metrics.get(name)
-            is_scored = run.suite.is_scored(key.prompt, identity=name in IDENTITY_METRICS)
+            is_scored = suite.is_scored(key.prompt, identity=name in IDENTITY_METRICS)
             if is_scored and value is not None:
-                values.setdefault((name, key.person), []).append(value)
-    means = {}
+                values[name][row, column] = value
+    return Samples(method, scale, is_tuned, values)
+
+
+def average_common_images(rows: Sequence[Samples]) -> list[Point]:
+    """Average each metric over the prompts and seeds that all rows have, for each person.
+
+    A row may lack images, for example in an unfinished run. The prompts differ, so the means over
+    all images of each row would not be paired.
+    """
+    means: dict[str, Tensor] = {}
     for name in (FaceSim.name, *PRESERVATION):
-        lists = [values.get((name, person), []) for person in run.people]
-        means[name] = torch.stack([torch.tensor(x, dtype=torch.float64).mean() for x in lists])
-    return Point(method, scale, is_tuned, means)
+        values = torch.stack([row.values[name] for row in rows])  # R P K
+        is_incomplete = values.isnan().any(0)
+        means[name] = values.masked_fill(is_incomplete, math.nan).nanmean(2)
+    return [
+        Point(row.method, row.scale, {name: values[index] for name, values in means.items()})
+        for index, row in enumerate(rows)
+    ]
 
 
 def group_curves(rows: Sequence[Results]) -> dict[str, list[Results]]:
@@ -297,11 +337,6 @@ def find_segment(curve: Sequence[float], value: float) -> tuple[int, float] | No
         if min(start, end) <= value <= max(start, end):
             return index, (value - start) / (end - start) if end != start else 0.0
     return None
-
-
-def find_common_people(points: Sequence[Point]) -> Tensor:
-    """Return for each person whether all points have the person's similarity, (P,)."""
-    return ~torch.stack([point.face_sim for point in points]).isnan().any(0)
 
 
 def summarize(difference: Tensor, resampled: Tensor, higher_is_better: bool) -> PairedDifference:
