@@ -256,6 +256,14 @@ def test_reference_is_the_first_method_with_a_scale() -> None:
     assert [match.method for match in comparison.matches] == ["textual-inversion"]
 
 
+def test_pulid_is_the_reference_wherever_it_is_in_the_run() -> None:
+    rows = {("faceid@0.5", 0.5): LOW, ("faceid", 1.0): OTHER}
+    comparison = compare({**rows, ("pulid@0.4", 0.4): LOW, ("pulid", 0.8): HIGH})
+    assert comparison.reference == "pulid"
+    comparison = compare({**rows, ("instantid", 0.8): LOW})
+    assert comparison.reference == "faceid"
+
+
 def test_single_method_is_not_compared() -> None:
     assert compare_at_equal_similarity(build_run({("pulid", 0.8): HIGH})) is None
     unscored: Metrics = {"clip_i": (0.9, 0.9)}

@@ -147,7 +147,7 @@ class EqualSimilarity:
 
 
 def compare_at_equal_similarity(run: Run) -> EqualSimilarity | None:
-    """Compare every method with the first one of the run that has a scale.
+    """Compare every method with PuLID, or without it with the first one that has a scale.
 
     The curve of the reference begins with the base, at scale 0. The reference is interpolated per
     person, linearly between two neighboring scales, at the fraction where its mean face_sim equals
@@ -163,7 +163,9 @@ def compare_at_equal_similarity(run: Run) -> EqualSimilarity | None:
     """
     methods = [read_samples(run, method) for method in run.methods if method != BASE]
     curves = group_curves([samples for samples in methods if samples.has_face_sim])
-    reference = next((name for name in curves if _has_scale(name)), None)
+    # A run may have begun with another method, and methods may be added.
+    names = sorted(curves, key=lambda name: name != "pulid")
+    reference = next((name for name in names if has_scale(name)), None)
     if reference is None or len(curves) < 2:
         return None
     reference_samples = curves.pop(reference)
@@ -355,5 +357,6 @@ def summarize(difference: Tensor, resampled: Tensor, higher_is_better: bool) -> 
     return PairedDifference(interval, int(is_better.sum()), len(valid))
 
 
-def _has_scale(method: str) -> bool:
+def has_scale(method: str) -> bool:
+    """Return whether a method, named without @SCALE, has an identity scale."""
     return method not in BASELINES or "scale" not in BASELINES[method].unused
