@@ -329,6 +329,27 @@ def test_costs_of_other_starts_do_not_count(finished: RunDir, tmp_path: Path) ->
     assert pulid["images"] == len(slow) + 1
 
 
+def test_seconds_of_a_person_are_a_median_of_the_start_of_the_base(
+    finished: RunDir, tmp_path: Path
+) -> None:
+    run_dir = copy_run(finished, tmp_path)
+    seconds = dict(zip((subject.name for subject in SUBJECTS), (0.2, 0.3, 9.0), strict=True))
+    last = finished.load().keys("pulid")[-1]
+    for key, record in finished.load().records.items():
+        identify = 0.0 if key.method == BASE else seconds[key.person]
+        start = "first"
+        if key == last:  # generated again in another start, while the machine was busy
+            identify, start = 100.0, "second"
+        run_dir.write_record(replace(record, identify_seconds=identify, start=start))
+    base, pulid = load_rows(run_dir)
+    assert pulid["person_seconds"] == 0.3 and "person_seconds" not in pulid["intervals"]
+    assert "person_seconds" not in base
+    for key in finished.load().keys(BASE):
+        record = read_record(finished, key)
+        run_dir.write_record(replace(record, start="third"))
+    assert "person_seconds" not in load_rows(run_dir)[1]
+
+
 def test_method_specs_are_parsed_and_labeled() -> None:
     assert MethodSpec.parse("instantid:a/b.safetensors@0.5") == MethodSpec(
         "instantid", Path("a/b.safetensors"), 0.5

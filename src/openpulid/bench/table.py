@@ -29,7 +29,8 @@ TIME_COSTS = ("seconds", "steps_per_second", "photo_to_image")
 PERSON_COSTS = {"person_seconds": False, "person_kb": False}
 """Cost of a person -> whether more is better.
 
-Seconds to extract the identity, or to tune the method; kilobytes that are stored of the person.
+Median seconds to extract the identity, or to tune the method, of people whose images are timed with
+the base; kilobytes that are stored of the person.
 """
 ALL_COSTS = {**COSTS, **PERSON_COSTS}
 
@@ -91,7 +92,9 @@ def build_row(run: Run, method: str) -> Row:
     columns = {
         name: _aggregate(run, timed if name in TIME_COSTS else done, name)
         for name in HIGHER_IS_BETTER
+        if name != "person_seconds"
     }
+    columns["person_seconds"] = Interval(_person_seconds(timed))
     for name, value in run.method_metrics.get(method, {}).items():
         if value is not None:
             columns[name] = Interval(value)
@@ -124,8 +127,6 @@ def _cost(record: Record, name: str) -> float | None:
         return None
     if name == "seconds":
         return record.seconds
-    if name == "person_seconds":
-        return record.identify_seconds or None  # the base needs none
     if name == "person_kb":
         return record.identity_bytes / 1000 if record.identity_bytes else None
     if name == "steps_per_second":
@@ -134,6 +135,17 @@ def _cost(record: Record, name: str) -> float | None:
     if name == "photo_to_image":
         return (record.identify_seconds or 0) + record.seconds
     return record.memory
+
+
+def _person_seconds(records: Sequence[Record]) -> float:
+    """Compute the median over people of the seconds that a person takes; NaN for the base."""
+    seconds: dict[str, list[float]] = {}
+    for record in records:
+        if record.identify_seconds:
+            seconds.setdefault(record.sample.person, []).append(record.identify_seconds)
+    if not seconds:
+        return math.nan
+    return statistics.median(map(statistics.median, seconds.values()))
 
 
 def _time_ratio(run: Run, keys: Sequence[SampleKey]) -> float:
