@@ -5,6 +5,7 @@ RUN/people/NAME.png                   reference image of a subject; NAME-other.p
 RUN/samples/METHOD/NAME-P-S.json      record of prompt P and seed S: status, metrics, provenance
 RUN/samples/METHOD/NAME-P-S.png       its image
 RUN/tuned/METHOD/*/NAME.safetensors   a method that was tuned on a subject
+RUN/tuned/class-images.safetensors    images for prior preservation, of all subjects and methods
 RUN/method_metrics.json               metrics of all images of a method together
 """
 

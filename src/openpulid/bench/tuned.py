@@ -18,7 +18,7 @@ from openpulid.io.checkpoints import read_metadata
 from openpulid.io.files import make_folder
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.selection import with_method
-from openpulid.training.tuning import TuningRecipe, find_tuning_recipe
+from openpulid.training.tuning import CLASS_IMAGES, TuningRecipe, find_tuning_recipe
 from openpulid.training.tuning.session import tune_person
 
 
@@ -82,6 +82,7 @@ def tune_subject(
                 [ReferenceImage(subject.name, subject.portrait.convert("RGB"))],
                 file,
                 changes=asdict(preset.recipe),
+                class_images_path=folder.parent / CLASS_IMAGES,  # of all people and methods
                 device=str(device),
             )
     seconds = float(read_metadata(file)["seconds"])

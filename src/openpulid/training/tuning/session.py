@@ -34,6 +34,7 @@ def tune_person(
     word: str | None = None,
     changes: Mapping[str, Any] | None = None,
     is_fresh: bool = False,
+    class_images_path: Path | None = None,
     device: str | None = None,
 ) -> None:
     """Tune a method on images of one person and write its file.
@@ -50,6 +51,7 @@ def tune_person(
         word: that stands for the person in prompts.
         changes: settings of the recipe that differ from the method's.
         is_fresh: delete an interrupted run first.
+        class_images_path: see `tune`.
         device: where to compute.
 
     Raises:
@@ -84,6 +86,7 @@ def tune_person(
             "num_inference_steps": defaults.num_inference_steps,
             "guidance_scale": defaults.guidance_scale,
         },
+        class_images_path=class_images_path,
         detection=load_detection(preset.models) if needs_faces else None,
         is_miniature=preset.models.is_miniature,
     )
