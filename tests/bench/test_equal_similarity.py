@@ -358,6 +358,13 @@ def test_comparison_is_in_all_reports(tmp_path: Path) -> None:
     assert "+0.020 ± 0.060 (1 of 2)" in page and "faceid@0.1 is left out" in page
 
 
+def test_rows_without_a_scale_have_none() -> None:
+    rows = {("pulid@0.4", 0.4): LOW, ("pulid", 0.8): HIGH, ("textual-inversion", 1.0): OTHER}
+    data = ResultTable(build_run({("base", 0.0): LOW, **rows})).to_json()
+    assert [row["scale"] for row in data["rows"]] == [None, 0.4, 0.8, None]
+    assert data["attributes"] is None  # none were checked
+
+
 def test_report_of_one_method_has_no_comparison() -> None:
     table = ResultTable(build_run({("pulid", 0.8): HIGH}))
     assert EQUAL_SIMILARITY_TITLE not in table.to_markdown()

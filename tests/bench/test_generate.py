@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from dataclasses import replace
@@ -178,9 +179,19 @@ def test_report_is_one_self_contained_page(finished: RunDir) -> None:
     assert Image.open(finished.path / "faces.jpg").width == 2 * 24 + 3 * (176 + 16) - 16
     page = (finished.path / "report.html").read_text("utf-8")
     assert page.count("data:image/png") == 1 + 3 * (1 + 2 * 2) and 'src="http' not in page
-    assert json.loads((finished.path / "report.json").read_text())["suite"] == "quick"
+    data = json.loads((finished.path / "report.json").read_text())
+    assert data["suite"] == "quick"
+    assert [row["scale"] for row in data["rows"]] == [None, 0.7]
+    attributes = ResultTable(finished.load()).attributes()
+    assert attributes is not None
+    assert data["attributes"] == {"header": attributes.header, "rows": attributes.rows}
     text = load_markdown(finished)
-    assert "| pulid | 12 |" in text and "face_sim ↑" in text and "outside_face ↓" in text
+    assert (
+        "| pulid | 0.7 | 12 |" in text
+        and "| base |  | 12 |" in text
+        and "face_sim ↑" in text
+        and "outside_face ↓" in text
+    )
     assert "| seconds" not in text and "time to base" in text  # measured on a CPU
     assert "person_seconds ↓" in text and "person_kb ↓" in text
     assert "fid is the Frechet distance" in page and "CLIP features" in text
@@ -364,7 +375,7 @@ def test_method_specs_are_parsed_and_labeled() -> None:
 def test_scales_of_a_method_form_one_curve() -> None:
     rows = [
         Row(name, {}, scale=scale)
-        for name, scale in (("pulid", 0.7), ("other", 1.0), ("pulid@0.4", 0.4))
+        for name, scale in (("pulid", 0.7), ("other", math.nan), ("pulid@0.4", 0.4))
     ]
     curves = {name: [row.method for row in curve] for name, curve in group_curves(rows).items()}
     assert curves == {"pulid": ["pulid@0.4", "pulid"], "other": ["other"]}

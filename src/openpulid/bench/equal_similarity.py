@@ -319,8 +319,10 @@ def average_common_images(rows: Sequence[Samples]) -> list[Point]:
 def group_curves(rows: Sequence[Results]) -> dict[str, list[Results]]:
     """Group the rows METHOD and METHOD@SCALE of each method, by increasing scale."""
     curves: dict[str, list[Results]] = {row.method.partition("@")[0]: [] for row in rows}
-    for row in sorted(rows, key=lambda row: row.scale):
+    for row in rows:
         curves[row.method.partition("@")[0]].append(row)
+    for curve in curves.values():
+        curve.sort(key=lambda row: row.scale)
     return curves
 
 

@@ -14,6 +14,7 @@ from openpulid.bench.equal_similarity import (
     PRESERVATION,
     PairedDifference,
     compare_at_equal_similarity,
+    has_scale,
 )
 from openpulid.bench.metrics import COLUMNS, FID, IDENTITY_METRICS, Interval, bootstrap
 from openpulid.bench.run_dir import BASE, Record, Run, SampleKey
@@ -51,7 +52,7 @@ class Row:
         num_images: number of images.
         num_missing: number of images that failed or were not tried.
         time_ratio: generation time relative to the base; NaN if unknown.
-        scale: identity scale; NaN without images.
+        scale: identity scale; NaN without images, and for the base and methods that have none.
         errors: reasons of the failures.
     """
 
@@ -76,6 +77,10 @@ class TextTable:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the table as JSON data."""
+        return {"header": list(self.header), "rows": [list(row) for row in self.rows]}
+
     def to_markdown(self) -> str:
         """Format the table as Markdown."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
@@ -98,13 +103,14 @@ def build_row(run: Run, method: str) -> Row:
     for name, value in run.method_metrics.get(method, {}).items():
         if value is not None:
             columns[name] = Interval(value)
+    is_scaled = method != BASE and has_scale(method.partition("@")[0])
     return Row(
         method,
         {name: column for name, column in columns.items() if not math.isnan(column.mean)},
         num_images=len(done),
         num_missing=len(keys) - len(done),
         time_ratio=_time_ratio(run, keys),
-        scale=done[0].configuration.get("scale", 0.0) if done else math.nan,
+        scale=done[0].configuration.get("scale", 0.0) if done and is_scaled else math.nan,
         errors=sorted({record.error for record in records if record.error}),
     )
 
@@ -201,6 +207,7 @@ class ResultTable:
             rows.append(
                 {
                     "method": row.method,
+                    "scale": None if math.isnan(row.scale) else row.scale,
                     "images": row.num_images,
                     "failed": row.num_missing,
                     "ratio": None if math.isnan(row.time_ratio) else round(row.time_ratio, 4),
@@ -208,9 +215,11 @@ class ResultTable:
                     "intervals": intervals,
                 }
             )
+        attributes = self.attributes()
         return {
             "suite": self.run.suite.name,
             "rows": rows,
+            "attributes": attributes and attributes.to_json(),
             "equal_similarity": self._comparison_to_json(),
         }
 
@@ -261,8 +270,9 @@ class ResultTable:
         for row in self.rows:
             cells = [_format_interval(row.columns.get(name)) for name in names]
             ratio = "" if math.isnan(row.time_ratio) else f"{row.time_ratio:.2f}"
-            rows.append([row.method, str(row.num_images), *cells, ratio])
-        return TextTable(["method", "images", *titles, "time to base"], rows)
+            scale = "" if math.isnan(row.scale) else f"{row.scale:g}"
+            rows.append([row.method, scale, str(row.num_images), *cells, ratio])
+        return TextTable(["method", "scale", "images", *titles, "time to base"], rows)
 
     def differences(self) -> TextTable | None:
         """Return the comparison at equal similarity as text; None without a comparable row."""
