@@ -229,6 +229,21 @@ def test_large_images_are_shrunk_on_the_page(finished: RunDir, tmp_path: Path) -
     assert "image/png" not in page and len(page) < 500_000
 
 
+def test_page_has_four_people_and_no_extra_scales(finished: RunDir, tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    people = synthetic_subjects(5, SUITE.first_person)
+    methods = [*METHODS, "pulid@0.5"]
+    run_dir.create(SUITE, methods, people)
+    sample = finished.load().keys(BASE)[0]
+    record, image = read_record(finished, sample), Image.open(finished.image_path(sample))
+    for key in [key for method in methods for key in run_dir.load().keys(method)]:
+        run_dir.write_record(replace(record, sample=key), image)
+    page = report.format_page(ResultTable(run_dir.load()), None)
+    prompts = len(SUITE.prompts)
+    assert page.count("data:image/png") == 4 * (1 + 2 * prompts)
+    assert 'alt="pulid"' in page and 'alt="pulid@0.5"' not in page
+
+
 def test_report_works_without_metric_models(
     finished: RunDir,
     tmp_path: Path,

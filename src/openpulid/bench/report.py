@@ -33,7 +33,7 @@ PRESERVATION_LABELS: Mapping[str, str] = {
 }
 """Metrics of the plot's horizontal axis; the first one that was measured is used."""
 
-PAGE_PEOPLE = 8  # number of subjects on the page
+PAGE_PEOPLE = 4  # number of subjects on the page, which has all images in it
 GRID_PEOPLE = 6  # number of subjects in faces.jpg
 MAX_IMAGE_SIDE = 256  # pixels of an image on the page, which is displayed at half this size
 
@@ -130,7 +130,7 @@ def draw_faces(run: Run, side: int = 176) -> Image.Image:
     All methods of a row have the same prompt and seed; methods at an extra scale are left out.
     """
     suite = run.suite
-    methods = [name for name in run.methods if "@" not in name]
+    methods = _list_methods(run)
     rows = []
     for index, person in enumerate(run.people[:GRID_PEOPLE]):
         prompts = suite.prompts_of(person)
@@ -142,6 +142,11 @@ def draw_faces(run: Run, side: int = 176) -> Image.Image:
         rows.append((suite.prompts[prompt].text, [_crop_square(image) for image in images]))
     title = f"{suite.name}: one subject per row"
     return labeled_grid(title, ["reference", *methods], rows, side)
+
+
+def _list_methods(run: Run) -> list[str]:
+    """Return the methods of a run without their rows at extra scales."""
+    return [name for name in run.methods if "@" not in name]
 
 
 def _crop_square(image: Image.Image) -> Image.Image:
@@ -193,12 +198,16 @@ def _format_table(table: TextTable) -> str:
 
 
 def _format_person(run: Run, person: str) -> str:
-    """Format the images of a subject: one row per prompt, first seed, one column per method."""
-    header = "".join(f"<th>{html.escape(title)}</th>" for title in ("prompt", *run.methods))
+    """Format the images of a subject: one row per prompt, first seed, one column per method.
+
+    Methods at an extra scale are left out.
+    """
+    methods = _list_methods(run)
+    header = "".join(f"<th>{html.escape(title)}</th>" for title in ("prompt", *methods))
     rows = [f"<tr>{header}</tr>"]
     for index in run.suite.prompts_of(person):
         cells = [f'<td class="prompt">{html.escape(run.suite.prompts[index].text)}</td>']
-        for method in run.methods:
+        for method in methods:
             key = SampleKey(method, person, index, run.suite.seeds[0])
             cells.append(_format_image(run, key))
         rows.append(f"<tr>{''.join(cells)}</tr>")
