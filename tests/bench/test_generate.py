@@ -20,7 +20,7 @@ from openpulid.bench.equal_similarity import group_curves
 from openpulid.bench.generate import Worker, generate_run, local_executor
 from openpulid.bench.methods import MethodSpec, check_weights, load_studios, select_presets
 from openpulid.bench.metrics import FID
-from openpulid.bench.run_dir import BASE, Record, RunDir, SampleKey, Subject, iterate_jobs
+from openpulid.bench.run_dir import BASE, Job, Record, RunDir, SampleKey, Subject, iterate_jobs
 from openpulid.bench.score import needs_scoring, score_run
 from openpulid.bench.suite import load_suite
 from openpulid.bench.table import ALL_COSTS, ATTRIBUTES_TITLE, COSTS, ResultTable, Row
@@ -159,6 +159,25 @@ def test_failures_are_recorded_and_the_run_continues(tmp_path: Path) -> None:
     base, pulid = load_rows(run_dir)
     assert (pulid["images"], pulid["failed"], base["failed"]) == (4, 4, 0)
     assert "no face detected" in load_markdown(run_dir)
+
+
+def test_failed_preparation_is_not_tried_again(tmp_path: Path) -> None:
+    """Neither for another prompt nor at another scale."""
+    subjects = [Subject("nobody", Image.new("RGB", (96, 96), "gray")), SUBJECTS[0]]
+    presets = {**PRESETS, "pulid@0.5": PRESETS["pulid"].with_defaults(scale=0.5)}
+    run_dir = RunDir(tmp_path)
+    studios = load_studios(SUITE, presets, "cpu")
+    worker = Worker(SUITE, studios, subjects, run_dir)
+    worker.generate(Job((SampleKey("pulid", "nobody", 0, SUITE.seeds[0]),)))
+    # the photo is replaced by one with a face: another try would succeed
+    worker.subjects["nobody"] = replace(SUBJECTS[0], name="nobody")
+    for method, prompt in (("pulid", 1), ("pulid@0.5", 0)):
+        key = SampleKey(method, "nobody", prompt, SUITE.seeds[0])
+        worker.generate(Job((key,)))
+        assert "no face detected" in (read_record(run_dir, key).error or "")
+    other = SampleKey("pulid", SUBJECTS[0].name, 0, SUITE.seeds[0])
+    worker.generate(Job((other,)))
+    assert read_record(run_dir, other).is_done
 
 
 def test_run_directory_accepts_only_its_own_suite(finished: RunDir) -> None:

@@ -73,6 +73,8 @@ class Worker:
             for name, studio in studios.items()
         }
         self._prepared: dict[str, PreparedSubject] = {}
+        # (method without @SCALE, person) -> why the preparation failed
+        self._failures: dict[tuple[str, str], Exception] = {}
 
     def generate(self, job: Job) -> None:
         """Generate the images of a job and write their records; record failures as well."""
@@ -118,11 +120,23 @@ class Worker:
         return images, costs
 
     def _prepare(self, key: SampleKey) -> PreparedSubject:
-        """Prepare a method for a subject; the last subject of each method is kept."""
+        """Prepare a method for a subject; the last subject of each method is kept.
+
+        A preparation that failed is not tried again, for another prompt or scale: a tuning may take
+        minutes.
+        """
         prepared = self._prepared.get(key.method)
-        if prepared is None or prepared.person != key.person:
+        if prepared is not None and prepared.person == key.person:
+            return prepared
+        attempt = (key.method.partition("@")[0], key.person)
+        if attempt in self._failures:
+            raise self._failures[attempt]
+        try:
             prepared = self._prepare_subject(key.method, self.subjects[key.person])
-            self._prepared[key.method] = prepared
+        except Exception as error:
+            self._failures[attempt] = error.with_traceback(None)  # it would keep tensors alive
+            raise
+        self._prepared[key.method] = prepared
         return prepared
 
     def _prepare_subject(self, method: str, subject: Subject) -> PreparedSubject:
