@@ -98,6 +98,13 @@ def test_methods_are_interleaved() -> None:
     assert order == METHODS * 4
 
 
+def test_methods_come_before_their_extra_scales() -> None:
+    methods = [BASE, "lora", "lora@0.3", "lora@0.5", "dreambooth", "dreambooth@0.3"]
+    order = [job.keys[0].method for job in iterate_jobs(SUITE, methods, ["a"])]
+    expected = [BASE, "lora", "dreambooth", "lora@0.3", "lora@0.5", "dreambooth@0.3"]
+    assert order == expected * len(SUITE.prompts)
+
+
 def test_killed_run_ends_with_the_same_table(finished: RunDir, tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
 

@@ -398,8 +398,11 @@ def _has_costs(record: Record) -> bool:
 def iterate_jobs(suite: Suite, methods: Sequence[str], people: Sequence[str]) -> Iterator[Job]:
     """Yield all jobs of a run, methods interleaved.
 
-    A machine that is slow for a while then slows down every method alike.
+    A machine that is slow for a while then slows down every method alike. Rows at extra scales come
+    after those of all methods: several workers then tune different methods, and none waits for the
+    file that another one tunes.
     """
+    methods = sorted(methods, key=lambda method: "@" in method)
     for person in people:
         for prompt in suite.prompts_of(person):
             for method in methods:
