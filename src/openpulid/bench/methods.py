@@ -15,7 +15,7 @@ from openpulid.bench.tuned import TunedPreset, tuned_preset
 from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.extractor import IdentityExtractor
 from openpulid.io.hub import WEIGHTS
-from openpulid.methods.registry import TUNED_METHODS
+from openpulid.methods.registry import TUNED_METHODS, UNPUBLISHED_METHODS
 from openpulid.pipelines.face_models import require_face_models
 from openpulid.pipelines.factory import check_models, load_adapter, load_extractor
 from openpulid.pipelines.loading import load
@@ -132,8 +132,18 @@ def _select_preset(base: Preset, spec: MethodSpec) -> Preset:
             f"{spec.file} shows one person; name {spec.method} without a file, and it is tuned "
             "on each person of the run."
         )
+    has_published_weights = (
+        spec.method not in UNPUBLISHED_METHODS
+        or base.models.is_miniature
+        or base.models.family != "sdxl"  # reported as a method of another family
+    )
     if spec.method in TUNING_METHODS:
         preset: Preset = tuned_preset(base, spec.method)
+    elif spec.file is None and not has_published_weights:
+        raise OptionError(
+            f"no weights of {spec.method} for SDXL have been published; name a file of your own, "
+            f"{spec.method}:FILE, or leave the method out."
+        )
     else:
         preset = with_method(base, spec.method, spec.file)
     if spec.scale is None:
