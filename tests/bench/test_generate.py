@@ -402,6 +402,20 @@ def test_seconds_of_a_person_are_a_median_of_the_start_of_the_base(
     assert "person_seconds" not in load_rows(run_dir)[1]
 
 
+def test_images_of_another_base_model_are_noted(finished: RunDir, tmp_path: Path) -> None:
+    """The base was trained again, and only its own images and those of one method are new."""
+    run_dir = copy_run(finished, tmp_path)
+    assert ResultTable(run_dir.load()).notes() == ResultTable(finished.load()).notes()
+    for key in finished.load().keys(BASE):
+        record = read_record(finished, key)
+        weights = {**record.configuration["weights"], "unet": ["new"]}
+        configuration = {**record.configuration, "weights": weights}
+        run_dir.write_record(replace(record, configuration=configuration))
+    notes = [note for note in ResultTable(run_dir.load()).notes() if "other weights" in note]
+    assert len(notes) == 1 and notes[0].startswith("pulid: some images are from other weights")
+    assert "other weights" not in load_markdown(finished)
+
+
 def test_method_specs_are_parsed_and_labeled() -> None:
     assert MethodSpec.parse("instantid:a/b.safetensors@0.5") == MethodSpec(
         "instantid", Path("a/b.safetensors"), 0.5

@@ -360,6 +360,12 @@ class ResultTable:
                 f"{features} features. PuLID's published FID uses an undisclosed set of reference "
                 "images and cannot be compared with it."
             )
+        if others := self._methods_of_other_bases():
+            notes.append(
+                f"{', '.join(others)}: some images are from other weights of the base model than "
+                "the base's images that they are compared with; run the same `pulid bench run` "
+                "with all methods again."
+            )
         for row in self.rows:
             if row.num_missing:
                 reasons = "; ".join(row.errors) or "not generated yet"
@@ -380,6 +386,20 @@ class ResultTable:
         for source, table in self.published().items():
             parts += [f"## Published: {source}", table.to_markdown()]
         return "\n\n".join(parts) + "\n"
+
+    def _methods_of_other_bases(self) -> list[str]:
+        """Return the methods with an image whose base model has other weights than the base's."""
+        records = self.run.records
+        methods: dict[str, None] = {}
+        for key, record in records.items():
+            base = records.get(key.with_method(BASE))
+            if base is None or not (record.is_done and base.is_done):
+                continue
+            weights = record.configuration.get("weights", {})
+            base_weights: Mapping[str, Any] = base.configuration.get("weights", {})
+            if any(weights.get(part) != hashes for part, hashes in base_weights.items()):
+                methods[key.method] = None
+        return list(methods)
 
     def _first_base_record(self) -> Record | None:
         records = (self.run.records.get(key) for key in self.run.keys(BASE))
