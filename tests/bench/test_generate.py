@@ -12,16 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 from typer.testing import CliRunner
 
 from openpulid.bench import report
 from openpulid.bench.equal_similarity import group_curves
 from openpulid.bench.generate import Worker, generate_run, local_executor
 from openpulid.bench.methods import MethodSpec, check_weights, load_studios, select_presets
-from openpulid.bench.metrics import FID
+from openpulid.bench.metrics import FID, Faces, MetricInputs
 from openpulid.bench.run_dir import BASE, Job, Record, RunDir, SampleKey, Subject, iterate_jobs
-from openpulid.bench.score import needs_scoring, score_run
+from openpulid.bench.score import load_images, load_references, needs_scoring, score_run
 from openpulid.bench.suite import load_suite
 from openpulid.bench.table import ALL_COSTS, ATTRIBUTES_TITLE, COSTS, ResultTable, Row
 from openpulid.cli import bench as commands
@@ -148,6 +150,52 @@ def test_stopped_scoring_ends_with_the_same_metrics(
     assert not needs_scoring(run_dir.load(), "pulid", scorers)
 
 
+def test_shared_features_give_the_same_metrics(finished: RunDir, tmp_path: Path) -> None:
+    """As if each metric had applied its networks to the images of one subject alone."""
+    scorers = MiniScorers.load()
+    batches: list[int] = []
+
+    def detect(images: Tensor) -> Faces:
+        batches.append(len(images))
+        return scorers.faces(images)
+
+    run_dir = copy_run(finished, tmp_path)
+    for record in finished.load().records.values():
+        run_dir.write_record(replace(record, metrics={}, attributes=None))
+    run_dir.write_method_metrics({})
+    score_run(run_dir, replace(scorers, faces=detect))
+    # the images of two methods and three subjects, and once those of the base to compare with
+    assert batches.count(4) == 2 * 3 + 1
+    run = run_dir.load()
+    assert run.method_metrics == finished.read_method_metrics()
+
+    person = run.people[1]
+    keys = [key for key in run.keys("pulid") if key.person == person]
+    images = load_images([run.images[key] for key in keys])
+    base_images = load_images([run.images[key.with_method(BASE)] for key in keys])
+    references = load_references(run, scorers)
+    for metric in scorers.metrics():
+        inputs = MetricInputs(
+            images=images,
+            base_images=base_images,
+            faces=scorers.faces(images),
+            base_faces=scorers.faces(base_images),
+            subjects=torch.ones(len(keys), dtype=torch.long),
+            reference_images=references.images,
+            reference_faces=references.faces,
+            prompts=[SUITE.prompts[key.prompt].text for key in keys],
+            requested=[
+                scorers.attribute_classes(SUITE.prompts[key.prompt].attributes) for key in keys
+            ],
+            second_faces=references.second_faces
+            and references.second_faces.select(torch.ones(len(keys), dtype=torch.long)),
+            facial_values=references.facial_values,
+        )
+        for key, value in zip(keys, metric(inputs).tolist(), strict=True):
+            expected = None if math.isnan(value) else round(value, 5)
+            assert run.records[key].metrics[metric.name] == expected, metric.name
+
+
 def test_undefined_fid_is_not_computed_again(finished: RunDir, tmp_path: Path) -> None:
     run_dir = copy_run(finished, tmp_path)
     run_dir.write_method_metrics({BASE: {}, "pulid": {"fid": None}})
@@ -207,13 +255,13 @@ def test_report_is_one_self_contained_page(finished: RunDir) -> None:
     assert page.count("data:image/png") == 1 + 3 * (1 + 2 * 2) and 'src="http' not in page
     data = json.loads((finished.path / "report.json").read_text())
     assert data["suite"] == "quick"
-    assert [row["scale"] for row in data["rows"]] == [None, 0.7]
+    assert [row["scale"] for row in data["rows"]] == [None, 1.0]
     attributes = ResultTable(finished.load()).attributes()
     assert attributes is not None
     assert data["attributes"] == {"header": attributes.header, "rows": attributes.rows}
     text = load_markdown(finished)
     assert (
-        "| pulid | 0.7 | 12 |" in text
+        "| pulid | 1 | 12 |" in text
         and "| base |  | 12 |" in text
         and "face_sim ↑" in text
         and "outside_face ↓" in text
