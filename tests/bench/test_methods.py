@@ -7,18 +7,18 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
-from openpulid.bench.methods import parse_scales, select_extractor, select_presets
+from openpulid.bench.methods import parse_scales, select_presets
 from openpulid.bench.run_dir import BASE
 from openpulid.bench.suite import load_suite
 from openpulid.errors import OptionError
 from openpulid.identity.extractor import FaceEmbeddingExtractor
 from openpulid.methods.pulid.encoders import IDEncoder
 from openpulid.methods.pulid.sdxl import PuLID
-from openpulid.pipelines.factory import load_detection
+from openpulid.pipelines.factory import load_detection, share_extractor
 from openpulid.pipelines.presets import find_preset, sdxl
-from openpulid.pipelines.studio import Studio
 from tests.support import tiny_sdxl
 
 SUITE = load_suite("miniature")
@@ -79,10 +79,10 @@ def test_adapter_of_other_face_models_is_refused() -> None:
     trained.models = {"auraface": "a"}
     detection = load_detection(find_preset("mini").models)
     extractor = FaceEmbeddingExtractor(detection, nn.Identity(), {"glintr100": "antelopev2's"})
-    studio = Studio(pipe, adapter, extractor, sdxl())
-    assert select_extractor(studio, sdxl(), adapter) is extractor
+    cpu = torch.device("cpu")
+    assert share_extractor(extractor, sdxl(), sdxl(), adapter, cpu) is extractor
     with pytest.raises(OptionError, match="trained with auraface"):
-        select_extractor(studio, sdxl(), trained)
+        share_extractor(extractor, sdxl(), sdxl(), trained, cpu)
 
 
 def test_scales_are_parsed() -> None:

@@ -7,17 +7,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from openpulid.bench.run_dir import BASE
 from openpulid.bench.suite import Suite
 from openpulid.bench.tuned import TunedPreset, tuned_preset
 from openpulid.errors import OptionError, WeightsError
-from openpulid.identity.extractor import IdentityExtractor
 from openpulid.io.hub import WEIGHTS
 from openpulid.methods.registry import TUNED_METHODS, UNPUBLISHED_METHODS
-from openpulid.pipelines.face_models import require_face_models
-from openpulid.pipelines.factory import check_models, load_adapter, load_extractor
+from openpulid.pipelines.factory import check_models, load_adapter, share_extractor
 from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import Preset, find_preset
 from openpulid.pipelines.selection import with_method
@@ -201,25 +198,8 @@ def load_studios(
             studios[label] = Studio(studio.pipe, studio.adapter, studio.extractor, preset)
             continue
         adapter = load_adapter(preset, studio.pipe.device)
-        extractor = select_extractor(studio, preset, adapter)
+        extractor = share_extractor(
+            studio.extractor, studio.preset, preset, adapter, studio.pipe.device
+        )
         studios[label] = Studio(studio.pipe, adapter, extractor, preset)
     return studios
-
-
-def select_extractor(base: Studio, preset: Preset, adapter: Any) -> IdentityExtractor:
-    """Return the identity extractor of the base's studio, or load another one for a method.
-
-    Args:
-        base: the studio of the base.
-        preset: of the method.
-        adapter: of the method.
-
-    Raises:
-        OptionError: the adapter was trained with other face models.
-        WeightsError: something is missing or damaged.
-    """
-    if preset.models.extractor != base.preset.models.extractor:
-        return load_extractor(preset, base.pipe.device, adapter)
-    if not preset.models.is_miniature:
-        require_face_models(adapter, base.extractor.models)
-    return base.extractor
