@@ -35,6 +35,7 @@ def tune_person(
     changes: Mapping[str, Any] | None = None,
     is_fresh: bool = False,
     class_images_path: Path | None = None,
+    pipe: Any = None,
     device: str | None = None,
 ) -> None:
     """Tune a method on images of one person and write its file.
@@ -52,6 +53,7 @@ def tune_person(
         changes: settings of the recipe that differ from the method's.
         is_fresh: delete an interrupted run first.
         class_images_path: see `tune`.
+        pipe: of `load_tuning_pipeline`, to tune on several people; loaded by default.
         device: where to compute.
 
     Raises:
@@ -73,12 +75,10 @@ def tune_person(
     if is_fresh:
         delete_run(run_dir)
     defaults = preset.defaults
-    target = select_device(device)
-    dtype = training_dtype(target) if preset.models.use_half_precision else None
     word = word or (MINIATURE_WORD if preset.models.is_miniature else WORD)
     tuned, facts = tune(
         recipe,
-        load_pipeline(preset, target, dtype),
+        load_tuning_pipeline(preset, device) if pipe is None else pipe,
         references,
         Trigger(word, class_word, replaces_noun=recipe.trained == "word"),
         run_dir,
@@ -92,3 +92,18 @@ def tune_person(
     )
     tuned.save(out, facts)
     delete_checkpoints(run_dir)
+
+
+def load_tuning_pipeline(preset: Preset, device: str | None = None) -> Any:
+    """Load the base model of a preset in the precision of trainings.
+
+    Args:
+        preset: the preset.
+        device: where to compute.
+
+    Raises:
+        WeightsError: weights are missing.
+    """
+    target = select_device(device)
+    dtype = training_dtype(target) if preset.models.use_half_precision else None
+    return load_pipeline(preset, target, dtype)
