@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import json
 import re
 import shlex
 import shutil
@@ -237,3 +238,14 @@ def test_api_reference_covers_every_package() -> None:
 def test_versions_agree() -> None:
     assert f"\nversion: {pulid.__version__}\n" in read("CITATION.cff")
     assert f"\n## [{pulid.__version__}]" in read("CHANGELOG.md")
+
+
+def test_truth_of_the_ablation_is_in_its_json_file() -> None:
+    lines = read("benchmarks/mini-ablation.md").splitlines()
+    header = next(line for line in lines if line.startswith("| model | network |"))
+    truth = next(line for line in lines if line.startswith("| truth |"))
+    names = [name.strip().replace(" ", "_") for name in header.split("|")[3:-1]]
+    page = dict(zip(names, map(float, truth.split("|")[3:-1]), strict=True))
+    measurements = json.loads(read("benchmarks/mini-ablation.json"))["measurements"]
+    rows = [row for entry in measurements for row in entry["figures"].get("rows", [])]
+    assert any(page.items() <= row.items() for row in rows if row["model"] == "truth")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from dataclasses import replace
@@ -11,16 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import Tensor
 from typer.testing import CliRunner
 
 from openpulid.bench import report
 from openpulid.bench.equal_similarity import group_curves
 from openpulid.bench.generate import Worker, generate_run, local_executor
 from openpulid.bench.methods import MethodSpec, check_weights, load_studios, select_presets
-from openpulid.bench.metrics import FID
-from openpulid.bench.run_dir import BASE, Record, RunDir, SampleKey, Subject, iterate_jobs
-from openpulid.bench.score import needs_scoring, score_run
+from openpulid.bench.metrics import FID, Faces, MetricInputs
+from openpulid.bench.run_dir import BASE, Job, Record, RunDir, SampleKey, Subject, iterate_jobs
+from openpulid.bench.score import load_images, load_references, needs_scoring, score_run
 from openpulid.bench.suite import load_suite
 from openpulid.bench.table import ALL_COSTS, ATTRIBUTES_TITLE, COSTS, ResultTable, Row
 from openpulid.cli import bench as commands
@@ -97,6 +100,13 @@ def test_methods_are_interleaved() -> None:
     assert order == METHODS * 4
 
 
+def test_methods_come_before_their_extra_scales() -> None:
+    methods = [BASE, "lora", "lora@0.3", "lora@0.5", "dreambooth", "dreambooth@0.3"]
+    order = [job.keys[0].method for job in iterate_jobs(SUITE, methods, ["a"])]
+    expected = [BASE, "lora", "dreambooth", "lora@0.3", "lora@0.5", "dreambooth@0.3"]
+    assert order == expected * len(SUITE.prompts)
+
+
 def test_killed_run_ends_with_the_same_table(finished: RunDir, tmp_path: Path) -> None:
     run_dir = RunDir(tmp_path)
 
@@ -140,6 +150,52 @@ def test_stopped_scoring_ends_with_the_same_metrics(
     assert not needs_scoring(run_dir.load(), "pulid", scorers)
 
 
+def test_shared_features_give_the_same_metrics(finished: RunDir, tmp_path: Path) -> None:
+    """As if each metric had applied its networks to the images of one subject alone."""
+    scorers = MiniScorers.load()
+    batches: list[int] = []
+
+    def detect(images: Tensor) -> Faces:
+        batches.append(len(images))
+        return scorers.faces(images)
+
+    run_dir = copy_run(finished, tmp_path)
+    for record in finished.load().records.values():
+        run_dir.write_record(replace(record, metrics={}, attributes=None))
+    run_dir.write_method_metrics({})
+    score_run(run_dir, replace(scorers, faces=detect))
+    # the images of two methods and three subjects, and once those of the base to compare with
+    assert batches.count(4) == 2 * 3 + 1
+    run = run_dir.load()
+    assert run.method_metrics == finished.read_method_metrics()
+
+    person = run.people[1]
+    keys = [key for key in run.keys("pulid") if key.person == person]
+    images = load_images([run.images[key] for key in keys])
+    base_images = load_images([run.images[key.with_method(BASE)] for key in keys])
+    references = load_references(run, scorers)
+    for metric in scorers.metrics():
+        inputs = MetricInputs(
+            images=images,
+            base_images=base_images,
+            faces=scorers.faces(images),
+            base_faces=scorers.faces(base_images),
+            subjects=torch.ones(len(keys), dtype=torch.long),
+            reference_images=references.images,
+            reference_faces=references.faces,
+            prompts=[SUITE.prompts[key.prompt].text for key in keys],
+            requested=[
+                scorers.attribute_classes(SUITE.prompts[key.prompt].attributes) for key in keys
+            ],
+            second_faces=references.second_faces
+            and references.second_faces.select(torch.ones(len(keys), dtype=torch.long)),
+            facial_values=references.facial_values,
+        )
+        for key, value in zip(keys, metric(inputs).tolist(), strict=True):
+            expected = None if math.isnan(value) else round(value, 5)
+            assert run.records[key].metrics[metric.name] == expected, metric.name
+
+
 def test_undefined_fid_is_not_computed_again(finished: RunDir, tmp_path: Path) -> None:
     run_dir = copy_run(finished, tmp_path)
     run_dir.write_method_metrics({BASE: {}, "pulid": {"fid": None}})
@@ -160,6 +216,25 @@ def test_failures_are_recorded_and_the_run_continues(tmp_path: Path) -> None:
     assert "no face detected" in load_markdown(run_dir)
 
 
+def test_failed_preparation_is_not_tried_again(tmp_path: Path) -> None:
+    """Neither for another prompt nor at another scale."""
+    subjects = [Subject("nobody", Image.new("RGB", (96, 96), "gray")), SUBJECTS[0]]
+    presets = {**PRESETS, "pulid@0.5": PRESETS["pulid"].with_defaults(scale=0.5)}
+    run_dir = RunDir(tmp_path)
+    studios = load_studios(SUITE, presets, "cpu")
+    worker = Worker(SUITE, studios, subjects, run_dir)
+    worker.generate(Job((SampleKey("pulid", "nobody", 0, SUITE.seeds[0]),)))
+    # the photo is replaced by one with a face: another try would succeed
+    worker.subjects["nobody"] = replace(SUBJECTS[0], name="nobody")
+    for method, prompt in (("pulid", 1), ("pulid@0.5", 0)):
+        key = SampleKey(method, "nobody", prompt, SUITE.seeds[0])
+        worker.generate(Job((key,)))
+        assert "no face detected" in (read_record(run_dir, key).error or "")
+    other = SampleKey("pulid", SUBJECTS[0].name, 0, SUITE.seeds[0])
+    worker.generate(Job((other,)))
+    assert read_record(run_dir, other).is_done
+
+
 def test_run_directory_accepts_only_its_own_suite(finished: RunDir) -> None:
     with pytest.raises(OptionError, match="another suite or other people"):
         finished.create(load_suite("miniature"), METHODS, SUBJECTS)
@@ -178,9 +253,19 @@ def test_report_is_one_self_contained_page(finished: RunDir) -> None:
     assert Image.open(finished.path / "faces.jpg").width == 2 * 24 + 3 * (176 + 16) - 16
     page = (finished.path / "report.html").read_text("utf-8")
     assert page.count("data:image/png") == 1 + 3 * (1 + 2 * 2) and 'src="http' not in page
-    assert json.loads((finished.path / "report.json").read_text())["suite"] == "quick"
+    data = json.loads((finished.path / "report.json").read_text())
+    assert data["suite"] == "quick"
+    assert [row["scale"] for row in data["rows"]] == [None, 1.0]
+    attributes = ResultTable(finished.load()).attributes()
+    assert attributes is not None
+    assert data["attributes"] == {"header": attributes.header, "rows": attributes.rows}
     text = load_markdown(finished)
-    assert "| pulid | 12 |" in text and "face_sim ↑" in text and "outside_face ↓" in text
+    assert (
+        "| pulid | 1 | 12 |" in text
+        and "| base |  | 12 |" in text
+        and "face_sim ↑" in text
+        and "outside_face ↓" in text
+    )
     assert "| seconds" not in text and "time to base" in text  # measured on a CPU
     assert "person_seconds ↓" in text and "person_kb ↓" in text
     assert "fid is the Frechet distance" in page and "CLIP features" in text
@@ -216,6 +301,21 @@ def test_large_images_are_shrunk_on_the_page(finished: RunDir, tmp_path: Path) -
     page = report.format_page(ResultTable(run_dir.load()), None)
     assert page.count("data:image/jpeg") == 1 + 2 * 2
     assert "image/png" not in page and len(page) < 500_000
+
+
+def test_page_has_four_people_and_no_extra_scales(finished: RunDir, tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    people = synthetic_subjects(5, SUITE.first_person)
+    methods = [*METHODS, "pulid@0.5"]
+    run_dir.create(SUITE, methods, people)
+    sample = finished.load().keys(BASE)[0]
+    record, image = read_record(finished, sample), Image.open(finished.image_path(sample))
+    for key in [key for method in methods for key in run_dir.load().keys(method)]:
+        run_dir.write_record(replace(record, sample=key), image)
+    page = report.format_page(ResultTable(run_dir.load()), None)
+    prompts = len(SUITE.prompts)
+    assert page.count("data:image/png") == 4 * (1 + 2 * prompts)
+    assert 'alt="pulid"' in page and 'alt="pulid@0.5"' not in page
 
 
 def test_report_works_without_metric_models(
@@ -329,6 +429,41 @@ def test_costs_of_other_starts_do_not_count(finished: RunDir, tmp_path: Path) ->
     assert pulid["images"] == len(slow) + 1
 
 
+def test_seconds_of_a_person_are_a_median_of_the_start_of_the_base(
+    finished: RunDir, tmp_path: Path
+) -> None:
+    run_dir = copy_run(finished, tmp_path)
+    seconds = dict(zip((subject.name for subject in SUBJECTS), (0.2, 0.3, 9.0), strict=True))
+    last = finished.load().keys("pulid")[-1]
+    for key, record in finished.load().records.items():
+        identify = 0.0 if key.method == BASE else seconds[key.person]
+        start = "first"
+        if key == last:  # generated again in another start, while the machine was busy
+            identify, start = 100.0, "second"
+        run_dir.write_record(replace(record, identify_seconds=identify, start=start))
+    base, pulid = load_rows(run_dir)
+    assert pulid["person_seconds"] == 0.3 and "person_seconds" not in pulid["intervals"]
+    assert "person_seconds" not in base
+    for key in finished.load().keys(BASE):
+        record = read_record(finished, key)
+        run_dir.write_record(replace(record, start="third"))
+    assert "person_seconds" not in load_rows(run_dir)[1]
+
+
+def test_images_of_another_base_model_are_noted(finished: RunDir, tmp_path: Path) -> None:
+    """The base was trained again, and only its own images and those of one method are new."""
+    run_dir = copy_run(finished, tmp_path)
+    assert ResultTable(run_dir.load()).notes() == ResultTable(finished.load()).notes()
+    for key in finished.load().keys(BASE):
+        record = read_record(finished, key)
+        weights = {**record.configuration["weights"], "unet": ["new"]}
+        configuration = {**record.configuration, "weights": weights}
+        run_dir.write_record(replace(record, configuration=configuration))
+    notes = [note for note in ResultTable(run_dir.load()).notes() if "other weights" in note]
+    assert len(notes) == 1 and notes[0].startswith("pulid: some images are from other weights")
+    assert "other weights" not in load_markdown(finished)
+
+
 def test_method_specs_are_parsed_and_labeled() -> None:
     assert MethodSpec.parse("instantid:a/b.safetensors@0.5") == MethodSpec(
         "instantid", Path("a/b.safetensors"), 0.5
@@ -343,7 +478,7 @@ def test_method_specs_are_parsed_and_labeled() -> None:
 def test_scales_of_a_method_form_one_curve() -> None:
     rows = [
         Row(name, {}, scale=scale)
-        for name, scale in (("pulid", 0.7), ("other", 1.0), ("pulid@0.4", 0.4))
+        for name, scale in (("pulid", 0.7), ("other", math.nan), ("pulid@0.4", 0.4))
     ]
     curves = {name: [row.method for row in curve] for name, curve in group_curves(rows).items()}
     assert curves == {"pulid": ["pulid@0.4", "pulid"], "other": ["other"]}

@@ -7,11 +7,19 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from openpulid.bench.methods import parse_scales, select_presets
 from openpulid.bench.run_dir import BASE
 from openpulid.bench.suite import load_suite
 from openpulid.errors import OptionError
+from openpulid.identity.extractor import FaceEmbeddingExtractor
+from openpulid.methods.pulid.encoders import IDEncoder
+from openpulid.methods.pulid.sdxl import PuLID
+from openpulid.pipelines.factory import load_detection, share_extractor
+from openpulid.pipelines.presets import find_preset, sdxl
+from tests.support import tiny_sdxl
 
 SUITE = load_suite("miniature")
 
@@ -61,6 +69,20 @@ def test_scales_of_a_suite_with_its_own_scale_are_refused(tmp_path: Path) -> Non
         with pytest.raises(OptionError, match="suite mine sets the scale of all methods"):
             select_presets(suite, names, scales)
     assert list(select_presets(suite, ["pulid"])) == [BASE, "pulid"]
+
+
+def test_adapter_of_other_face_models_is_refused() -> None:
+    """Also by a run, which shares the extractor of the base."""
+    pipe = tiny_sdxl.pipe()
+    adapter = PuLID.for_unet(pipe.unet, IDEncoder(16, 32, vit_dim=8, hidden_dim=16))
+    trained = PuLID.for_unet(pipe.unet, IDEncoder(16, 32, vit_dim=8, hidden_dim=16))
+    trained.models = {"auraface": "a"}
+    detection = load_detection(find_preset("mini").models)
+    extractor = FaceEmbeddingExtractor(detection, nn.Identity(), {"glintr100": "antelopev2's"})
+    cpu = torch.device("cpu")
+    assert share_extractor(extractor, sdxl(), sdxl(), adapter, cpu) is extractor
+    with pytest.raises(OptionError, match="trained with auraface"):
+        share_extractor(extractor, sdxl(), sdxl(), trained, cpu)
 
 
 def test_scales_are_parsed() -> None:

@@ -252,6 +252,21 @@ def test_clip_i_and_dino_compare_with_base_images() -> None:
     assert (metrics.ClipI.name, metrics.Dino.name) == ("clip_i", "dino")
 
 
+def test_metrics_share_the_features_of_a_network() -> None:
+    pytest.importorskip("torchmetrics")
+    calls: list[float] = []
+
+    def embed(x: Tensor) -> Tensor:
+        calls.append(x.mean().item())
+        return x.flatten(1)[:, :2]
+
+    inputs = build_inputs(images=torch.ones(2, 3, 2, 2))
+    metrics.ClipT(embed, lambda prompts: torch.ones(2, 2))(inputs)
+    metrics.ClipI(embed)(inputs)
+    metrics.FID(embed).update(inputs)
+    assert sorted(calls) == [0.0, 1.0]  # the images, and those of the base
+
+
 def test_outside_face_excludes_both_faces() -> None:
     before = torch.zeros(1, 3, 2, 2)
     after = torch.zeros(1, 3, 2, 2)

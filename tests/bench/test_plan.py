@@ -113,7 +113,11 @@ def test_plan_prints_files_with_license_size_and_command(bench: RunBench, tmp_pa
     assert "scorer-recognition" not in command
     assert "get CurricularFace_Backbone.pth from https://" in result.output
     assert "or use --recognition sface" in result.output
-    assert "Left out: no weights of face0 for SDXL have been published" in result.output
+    assert (
+        "Left out: no weights of face0 for SDXL have been published; name a file of your own, "
+        "face0:FILE, or leave the method out." in " ".join(result.output.split())
+    )
+    assert "--adapter" not in result.output
     assert not (tmp_path / "run").exists()
 
 

@@ -6,6 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from openpulid.bench.configuration import describe_configuration
 from openpulid.bench.generate import Worker, generate_run, local_executor
@@ -13,7 +15,7 @@ from openpulid.bench.methods import Presets, check_weights, load_studios, select
 from openpulid.bench.run_dir import BASE, RunDir
 from openpulid.bench.suite import load_suite
 from openpulid.bench.table import ResultTable
-from openpulid.bench.tuned import TunedPreset
+from openpulid.bench.tuned import SubjectTuner, TunedPreset
 from openpulid.errors import OptionError
 from openpulid.methods.tuned.textual_inversion import TextualInversion
 from openpulid.mini.evaluation.subjects import synthetic_subjects
@@ -63,6 +65,27 @@ def test_method_is_tuned_once_per_subject(tmp_path: Path) -> None:
     generate(run_dir, select())  # the image again, with the same file
     assert {file: file.stat().st_mtime_ns for file in files} == changed
     assert run_dir.image_path(run.keys(METHOD)[0]).is_file()
+
+
+def test_subjects_and_methods_share_a_pipeline(tmp_path: Path) -> None:
+    """The files are those of tunings with pipelines of their own."""
+    presets = select_presets(SUITE, ["dreambooth", METHOD])
+    shared = SubjectTuner(torch.device("cpu"))
+    pipes = []
+    for name, subject in (("dreambooth", SUBJECTS[0]), (METHOD, SUBJECTS[1])):
+        preset = presets[name]
+        assert isinstance(preset, TunedPreset)
+        recipe = replace(preset.recipe, steps=2, batch=1, num_class_images=1)
+        preset = replace(preset, recipe=recipe)
+        configuration = describe_configuration(name, preset, SUITE.options)
+        files = []
+        for index, tuner in enumerate((shared, SubjectTuner(torch.device("cpu")))):
+            tuned, _, _ = tuner.tune(preset, subject, tmp_path / str(index) / name, configuration)
+            files.append(load_file(tuned.models.require_adapter()))
+        pipes.append(shared._pipe)
+        assert files[0].keys() == files[1].keys()
+        assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    assert pipes[0] is pipes[1]
 
 
 def test_scales_share_a_file(tmp_path: Path) -> None:

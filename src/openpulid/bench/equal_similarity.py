@@ -25,8 +25,8 @@ from openpulid.bench.metrics import (
     Interval,
     LpipsOutside,
     OutsideFace,
-    bootstrap,
 )
+from openpulid.bench.metrics.bootstrap import draw_subjects, percentile_interval
 from openpulid.bench.run_dir import BASE, Run
 from openpulid.pipelines.baselines import BASELINES
 
@@ -35,6 +35,9 @@ PRESERVATION = {
     for metric in (ClipT, ClipI, Dino, OutsideFace, LpipsOutside, Attributes)
 }
 """Metrics that are compared, where they were measured -> whether more is better."""
+
+MIN_SHARE = 0.95
+"""A row that is on the reference's curve in fewer bootstrap samples is reported."""
 
 
 class HasScale(Protocol):
@@ -53,13 +56,35 @@ Results = TypeVar("Results", bound=HasScale)
 
 
 @dataclass(frozen=True)
+class Samples:
+    """The results of METHOD or METHOD@SCALE, per image.
+
+    Attributes:
+        method: its name in the run.
+        scale: identity scale.
+        is_tuned: whether the method was tuned on each person.
+        values: metric -> (P, K) of the K prompts and seeds of each person; NaN where there is none.
+    """
+
+    method: str
+    scale: float
+    is_tuned: bool
+    values: Mapping[str, Tensor]
+
+    @property
+    def has_face_sim(self) -> bool:
+        """Whether any image has an identity similarity."""
+        return not bool(self.values[FaceSim.name].isnan().all())
+
+
+@dataclass(frozen=True)
 class Point:
     """The results of METHOD or METHOD@SCALE, per person.
 
     Attributes:
         method: its name in the run.
         scale: identity scale.
-        means: metric -> (P,) mean over the images of each person; NaN where there is none.
+        means: metric -> (P,) mean over images of each person; NaN where there is none.
     """
 
     method: str
@@ -96,12 +121,14 @@ class Match:
         face_sim: mean over people, equal for both.
         scale: of the reference, between two of its rows.
         differences: metric -> reference minus method.
+        share: of the bootstrap samples of people in which the reference has this similarity too.
     """
 
     method: str
     face_sim: float
     scale: float
     differences: Mapping[str, PairedDifference]
+    share: float
 
 
 @dataclass(frozen=True)
@@ -120,12 +147,13 @@ class EqualSimilarity:
 
 
 def compare_at_equal_similarity(run: Run) -> EqualSimilarity | None:
-    """Compare every method with the first one of the run that has a scale.
+    """Compare every method with PuLID, or without it with the first one that has a scale.
 
-    The reference is interpolated per person, linearly between two neighboring scales, at the
-    fraction where its mean face_sim equals that of the other method. Where the curve passes this
-    similarity twice, the lower scale is used. The intervals hold for this scale: its own
-    uncertainty is not included.
+    The curve of the reference begins with the base, at scale 0. The reference is interpolated per
+    person, linearly between two neighboring scales, at the fraction where its mean face_sim equals
+    that of the other method. Where the curve passes this similarity twice, the lower scale is used.
+    The fraction is estimated from the same people as the differences, so the bootstrap interpolates
+    again in each of its samples.
 
     Args:
         run: the run.
@@ -133,78 +161,168 @@ def compare_at_equal_similarity(run: Run) -> EqualSimilarity | None:
     Returns:
         The comparison; None if the run has fewer than two methods with images.
     """
-    points = [read_point(run, method) for method in run.methods if method != BASE]
-    curves = group_curves([point for point in points if not point.face_sim.isnan().all()])
-    reference = next((name for name in curves if _has_scale(name)), None)
+    methods = [read_samples(run, method) for method in run.methods if method != BASE]
+    curves = group_curves([samples for samples in methods if samples.has_face_sim])
+    # A run may have begun with another method, and methods may be added.
+    names = sorted(curves, key=lambda name: name != "pulid")
+    reference = next((name for name in names if has_scale(name)), None)
     if reference is None or len(curves) < 2:
         return None
-    curve = curves.pop(reference)
-    if len(curve) < 2:
+    reference_samples = curves.pop(reference)
+    if len(reference_samples) < 2:
         note = (
             f"The comparison at equal similarity needs {reference} at several scales: run the "
             "command again with `--scales 0.3,0.5,1`, or name them, as in "
             f"`--methods {reference}@0.3,{reference}@0.5,{reference}`."
         )
         return EqualSimilarity(reference, [], [note])
+    base = read_samples(run, BASE)
+    # The base is the reference at scale 0: the same prompts and seeds without the identity. A tuned
+    # method has another prompt, with the word for the person.
+    if base.has_face_sim and not reference_samples[0].is_tuned:
+        reference_samples = [base, *reference_samples]
 
     matches = []
     notes = []
-    for point in (point for other in curves.values() for point in other):
-        people = find_common_people([*curve, point])
+    for samples in (samples for rows in curves.values() for samples in rows):
+        *curve, point = average_common_images([*reference_samples, samples])
+        people = ~point.face_sim.isnan()
         if not people.any():
             notes.append(
-                f"{point.method} is left out: no person has images of it and of all rows of "
-                f"{reference}."
+                f"{point.method} is left out: no prompt and seed has an image of it and of all "
+                f"rows of {reference}."
             )
             continue
-        similarities = [each.face_sim[people].mean().item() for each in curve]
-        similarity = point.face_sim[people].mean().item()
-        segment = find_segment(similarities, similarity)
-        if segment is None:
+        match = match_point(curve, point, people)
+        if match is None:
+            similarities = [row.face_sim[people].mean().item() for row in curve]
             notes.append(
-                f"{point.method} is left out: its face_sim of {similarity:.3f} is outside the "
-                f"curve of {reference}, {min(similarities):.3f} to {max(similarities):.3f}."
+                f"{point.method} is left out: its face_sim of "
+                f"{point.face_sim[people].mean().item():.3f} is outside the curve of {reference}, "
+                f"{min(similarities):.3f} to {max(similarities):.3f}."
             )
             continue
-        index, fraction = segment
-        start, end = curve[index : index + 2]
-        scale = start.scale + fraction * (end.scale - start.scale)
-        differences = {}
-        for name, higher_is_better in PRESERVATION.items():
-            interpolated = torch.lerp(start.means[name], end.means[name], fraction)
-            difference = (interpolated - point.means[name])[people]
-            if not difference.isnan().all():
-                differences[name] = summarize(difference, higher_is_better)
-        matches.append(Match(point.method, similarity, scale, differences))
+        matches.append(match)
+        if match.share < MIN_SHARE:
+            notes.append(
+                f"{point.method} is near an end of the curve of {reference}: its face_sim is on "
+                f"the curve in {match.share:.0%} of the bootstrap samples, and its intervals are "
+                "from these alone."
+            )
     return EqualSimilarity(reference, matches, notes)
 
 
-def read_point(run: Run, method: str) -> Point:
-    """Compute the mean of each metric over the images of each person."""
-    values: dict[tuple[str, str], list[float]] = {}
+def match_point(curve: Sequence[Point], point: Point, people: Tensor) -> Match | None:
+    """Compare a row of a method with the reference at the same mean similarity.
+
+    Args:
+        curve: C rows of the reference, by increasing scale.
+        point: the row of the method.
+        people: (P,) bool, the people who are compared.
+
+    Returns:
+        The comparison; None if the reference does not have the similarity of the row.
+    """
+    rows = [*curve, point]
+    similarities = torch.stack([row.face_sim[people] for row in rows])
+    draws = draw_subjects(int(people.sum()))
+    weights = find_weights(similarities.mean(1)[None])
+    if weights.isnan().any():
+        return None
+    resampled_weights = find_weights(similarities[:, draws].mean(2).T)
+
+    differences = {}
+    for name, higher_is_better in PRESERVATION.items():
+        values = torch.stack([row.means[name][people] for row in rows])
+        difference = weights[0] @ values
+        if difference.isnan().all():
+            continue
+        resampled = (resampled_weights * values[:, draws].nanmean(2).T).sum(1)
+        differences[name] = summarize(difference, resampled, higher_is_better)
+    scales = torch.tensor([row.scale for row in curve], dtype=torch.float64)
+    return Match(
+        point.method,
+        face_sim=similarities[-1].mean().item(),
+        scale=(weights[0, :-1] @ scales).item(),
+        differences=differences,
+        share=1 - resampled_weights.isnan().any(1).double().mean().item(),
+    )
+
+
+def find_weights(similarities: Tensor) -> Tensor:
+    """Find the differences "reference minus method at equal similarity", as weights of the rows.
+
+    Args:
+        similarities: (R, C + 1), in each of R samples of people the mean similarities of C rows of
+            the reference, by increasing scale, and of the method.
+
+    Returns:
+        (R, C + 1): weights of the reference's two neighboring rows, which sum to 1, and -1 for the
+        method. NaN in a sample where the reference does not have the method's similarity.
+    """
+    weights = torch.zeros_like(similarities)
+    weights[:, -1] = -1
+    for sample, (*curve, similarity) in enumerate(similarities.tolist()):
+        segment = find_segment(curve, similarity)
+        if segment is None:
+            weights[sample] = math.nan
+            continue
+        index, fraction = segment
+        weights[sample, index] = 1 - fraction
+        weights[sample, index + 1] = fraction
+    return weights
+
+
+def read_samples(run: Run, method: str) -> Samples:
+    """Read the metrics of all images of a row of the run."""
+    suite = run.suite
+    num_prompts = max(len(suite.prompts_of(person)) for person in run.people)
+    shape = (len(run.people), num_prompts * len(suite.seeds))
+    names = (FaceSim.name, *PRESERVATION)
+    values = {name: torch.full(shape, math.nan, dtype=torch.float64) for name in names}
     scale = math.nan
+    is_tuned = False
     for key in run.keys(method):
         record = run.records.get(key)
         if record is None or not record.is_done:
             continue
         scale = record.configuration.get("scale", 0.0)
-        for name in (FaceSim.name, *PRESERVATION):
+        is_tuned = "recipe" in record.configuration
+        row = run.people.index(key.person)
+        column = suite.prompts_of(key.person).index(key.prompt) * len(suite.seeds)
+        column += suite.seeds.index(key.seed)
+        for name in names:
             value = record.metrics.get(name)
-            is_scored = run.suite.is_scored(key.prompt, identity=name in IDENTITY_METRICS)
+            is_scored = suite.is_scored(key.prompt, identity=name in IDENTITY_METRICS)
             if is_scored and value is not None:
-                values.setdefault((name, key.person), []).append(value)
-    means = {}
+                values[name][row, column] = value
+    return Samples(method, scale, is_tuned, values)
+
+
+def average_common_images(rows: Sequence[Samples]) -> list[Point]:
+    """Average each metric over the prompts and seeds that all rows have, for each person.
+
+    A row may lack images, for example in an unfinished run. The prompts differ, so the means over
+    all images of each row would not be paired.
+    """
+    means: dict[str, Tensor] = {}
     for name in (FaceSim.name, *PRESERVATION):
-        lists = [values.get((name, person), []) for person in run.people]
-        means[name] = torch.stack([torch.tensor(x, dtype=torch.float64).mean() for x in lists])
-    return Point(method, scale, means)
+        values = torch.stack([row.values[name] for row in rows])  # R P K
+        is_incomplete = values.isnan().any(0)
+        means[name] = values.masked_fill(is_incomplete, math.nan).nanmean(2)
+    return [
+        Point(row.method, row.scale, {name: values[index] for name, values in means.items()})
+        for index, row in enumerate(rows)
+    ]
 
 
 def group_curves(rows: Sequence[Results]) -> dict[str, list[Results]]:
     """Group the rows METHOD and METHOD@SCALE of each method, by increasing scale."""
     curves: dict[str, list[Results]] = {row.method.partition("@")[0]: [] for row in rows}
-    for row in sorted(rows, key=lambda row: row.scale):
+    for row in rows:
         curves[row.method.partition("@")[0]].append(row)
+    for curve in curves.values():
+        curve.sort(key=lambda row: row.scale)
     return curves
 
 
@@ -225,18 +343,22 @@ def find_segment(curve: Sequence[float], value: float) -> tuple[int, float] | No
     return None
 
 
-def find_common_people(points: Sequence[Point]) -> Tensor:
-    """Return for each person whether all points have the person's similarity, (P,)."""
-    return ~torch.stack([point.face_sim for point in points]).isnan().any(0)
+def summarize(difference: Tensor, resampled: Tensor, higher_is_better: bool) -> PairedDifference:
+    """Summarize the differences of two methods.
 
-
-def summarize(difference: Tensor, higher_is_better: bool) -> PairedDifference:
-    """Summarize the differences of two methods, (P,) one per person; NaN is ignored."""
+    Args:
+        difference: (P,) one per person; NaN is ignored.
+        resampled: (R,) mean difference in each bootstrap sample of people; NaN is ignored.
+        higher_is_better: the direction of the metric.
+    """
     valid = difference[~difference.isnan()]
     is_better = valid > 0 if higher_is_better else valid < 0
-    interval = bootstrap(valid, torch.arange(len(valid)))
+    interval = Interval(valid.mean().item())
+    if len(valid) > 1 and not resampled.isnan().all():
+        interval = percentile_interval(interval.mean, resampled[~resampled.isnan()])
     return PairedDifference(interval, int(is_better.sum()), len(valid))
 
 
-def _has_scale(method: str) -> bool:
+def has_scale(method: str) -> bool:
+    """Return whether a method, named without @SCALE, has an identity scale."""
     return method not in BASELINES or "scale" not in BASELINES[method].unused

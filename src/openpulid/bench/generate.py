@@ -13,7 +13,7 @@ from PIL import Image
 from openpulid.bench.configuration import describe_configuration
 from openpulid.bench.run_dir import BASE, Job, Record, RunDir, SampleKey, Subject, iterate_jobs
 from openpulid.bench.suite import Suite
-from openpulid.bench.tuned import TunedPreset, tune_subject
+from openpulid.bench.tuned import SubjectTuner, TunedPreset
 from openpulid.device import hardware_name, peak_memory, reset_peak_memory, synchronize
 from openpulid.errors import PulidError, explain_out_of_memory
 from openpulid.identity.identity import Identity
@@ -72,7 +72,10 @@ class Worker:
             name: describe_configuration(name, studio.preset, suite.options)
             for name, studio in studios.items()
         }
+        self._tuner: SubjectTuner | None = None
         self._prepared: dict[str, PreparedSubject] = {}
+        # (method without @SCALE, person) -> why the preparation failed
+        self._failures: dict[tuple[str, str], Exception] = {}
 
     def generate(self, job: Job) -> None:
         """Generate the images of a job and write their records; record failures as well."""
@@ -118,11 +121,23 @@ class Worker:
         return images, costs
 
     def _prepare(self, key: SampleKey) -> PreparedSubject:
-        """Prepare a method for a subject; the last subject of each method is kept."""
+        """Prepare a method for a subject; the last subject of each method is kept.
+
+        A preparation that failed is not tried again, for another prompt or scale: a tuning may take
+        minutes.
+        """
         prepared = self._prepared.get(key.method)
-        if prepared is None or prepared.person != key.person:
+        if prepared is not None and prepared.person == key.person:
+            return prepared
+        attempt = (key.method.partition("@")[0], key.person)
+        if attempt in self._failures:
+            raise self._failures[attempt]
+        try:
             prepared = self._prepare_subject(key.method, self.subjects[key.person])
-            self._prepared[key.method] = prepared
+        except Exception as error:
+            self._failures[attempt] = error.with_traceback(None)  # it would keep tensors alive
+            raise
+        self._prepared[key.method] = prepared
         return prepared
 
     def _prepare_subject(self, method: str, subject: Subject) -> PreparedSubject:
@@ -133,8 +148,9 @@ class Worker:
         device = studio.pipe.device
         if isinstance(studio.preset, TunedPreset):
             folder = self.run_dir.tuned_path(studio.preset.recipe.method)
-            preset, seconds, num_bytes = tune_subject(
-                studio.preset, subject, folder, self._configurations[method], device
+            self._tuner = self._tuner or SubjectTuner(device)
+            preset, seconds, num_bytes = self._tuner.tune(
+                studio.preset, subject, folder, self._configurations[method]
             )
             adapter = load_adapter(preset, device)
             tuned = Studio(studio.pipe, adapter, studio.extractor, preset)

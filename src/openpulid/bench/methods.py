@@ -13,8 +13,8 @@ from openpulid.bench.suite import Suite
 from openpulid.bench.tuned import TunedPreset, tuned_preset
 from openpulid.errors import OptionError, WeightsError
 from openpulid.io.hub import WEIGHTS
-from openpulid.methods.registry import TUNED_METHODS
-from openpulid.pipelines.factory import check_models, load_adapter, load_extractor
+from openpulid.methods.registry import TUNED_METHODS, UNPUBLISHED_METHODS
+from openpulid.pipelines.factory import check_models, load_adapter, share_extractor
 from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import Preset, find_preset
 from openpulid.pipelines.selection import with_method
@@ -129,8 +129,18 @@ def _select_preset(base: Preset, spec: MethodSpec) -> Preset:
             f"{spec.file} shows one person; name {spec.method} without a file, and it is tuned "
             "on each person of the run."
         )
+    has_published_weights = (
+        spec.method not in UNPUBLISHED_METHODS
+        or base.models.is_miniature
+        or base.models.family != "sdxl"  # reported as a method of another family
+    )
     if spec.method in TUNING_METHODS:
         preset: Preset = tuned_preset(base, spec.method)
+    elif spec.file is None and not has_published_weights:
+        raise OptionError(
+            f"no weights of {spec.method} for SDXL have been published; name a file of your own, "
+            f"{spec.method}:FILE, or leave the method out."
+        )
     else:
         preset = with_method(base, spec.method, spec.file)
     if spec.scale is None:
@@ -174,6 +184,10 @@ def load_studios(
 
     Returns:
         Label -> studio.
+
+    Raises:
+        OptionError: an adapter was trained with other face models.
+        WeightsError: something is missing or damaged.
     """
     studio = load(suite.preset, device=device)
     studios = {BASE: studio}  # its adapter is not used without an identity
@@ -184,8 +198,8 @@ def load_studios(
             studios[label] = Studio(studio.pipe, studio.adapter, studio.extractor, preset)
             continue
         adapter = load_adapter(preset, studio.pipe.device)
-        extractor = studio.extractor
-        if preset.models.extractor != presets[BASE].models.extractor:
-            extractor = load_extractor(preset, studio.pipe.device, adapter)
+        extractor = share_extractor(
+            studio.extractor, studio.preset, preset, adapter, studio.pipe.device
+        )
         studios[label] = Studio(studio.pipe, adapter, extractor, preset)
     return studios

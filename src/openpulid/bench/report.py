@@ -1,24 +1,20 @@
-"""The report of a run: a plot of identity against preservation, sample images, an HTML page."""
+"""The report of a run: its tables, plot and sample images, and an HTML page with all of them."""
 
 from __future__ import annotations
 
 import base64
 import html
-import io
 import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from openpulid.bench.equal_similarity import group_curves
+from openpulid.bench.plot import draw_plot
 from openpulid.bench.run_dir import Run, SampleKey
 from openpulid.bench.table import (
     ATTRIBUTES_TITLE,
     EQUAL_SIMILARITY_TITLE,
-    HIGHER_IS_BETTER,
     ResultTable,
-    Row,
     TextTable,
 )
 from openpulid.io.files import write_bytes
@@ -27,13 +23,7 @@ from openpulid.io.images import open_image
 from openpulid.io.metadata import encode_image, save_image
 from openpulid.io.xmp import DigitalSourceType
 
-PRESERVATION_LABELS: Mapping[str, str] = {
-    "outside_face": "change outside the face",
-    "clip_i": "CLIP-I, with and without identity",
-}
-"""Metrics of the plot's horizontal axis; the first one that was measured is used."""
-
-PAGE_PEOPLE = 8  # number of subjects on the page
+PAGE_PEOPLE = 4  # number of subjects on the page, which has all images in it
 GRID_PEOPLE = 6  # number of subjects in faces.jpg
 MAX_IMAGE_SIDE = 256  # pixels of an image on the page, which is displayed at half this size
 
@@ -75,62 +65,13 @@ def write_report(run: Run) -> list[Path]:
     return [run.path / name for name in names]
 
 
-def draw_plot(rows: Sequence[Row]) -> Image.Image | None:
-    """Plot identity against preservation, one point per method with its intervals.
-
-    Returns:
-        The plot; None if one of the two was not measured.
-    """
-    from matplotlib.figure import Figure
-
-    metric = next((name for name in PRESERVATION_LABELS if _is_measured(rows, name)), "")
-    points = [row for row in rows if metric in row.columns and "face_sim" in row.columns]
-    if not points:
-        return None
-    figure = Figure(figsize=(6.4, 4.4), layout="constrained", dpi=140, facecolor="#faf9f6")
-    axes = figure.subplots()
-    for curve in group_curves(points).values():
-        x = [row.columns[metric] for row in curve]
-        y = [row.columns["face_sim"] for row in curve]
-        line = axes.plot([i.mean for i in x], [i.mean for i in y], marker="o")[0]
-        axes.errorbar(
-            [i.mean for i in x],
-            [i.mean for i in y],
-            xerr=[[i.mean - i.low for i in x], [i.high - i.mean for i in x]],
-            yerr=[[i.mean - i.low for i in y], [i.high - i.mean for i in y]],
-            color=line.get_color(),
-            linestyle="none",
-            capsize=2,
-            alpha=0.5,
-        )
-        for row in curve:
-            position = (row.columns[metric].mean, row.columns["face_sim"].mean)
-            axes.annotate(
-                row.method, position, textcoords="offset points", xytext=(6, 6), fontsize=8
-            )
-    if not HIGHER_IS_BETTER[metric]:
-        axes.invert_xaxis()
-    axes.set_xlabel(PRESERVATION_LABELS[metric])
-    axes.set_ylabel("face similarity")
-    axes.set_title("up and right is better", fontsize=9, color="gray")
-    axes.margins(0.15)
-    axes.grid(alpha=0.3)
-    file = io.BytesIO()
-    figure.savefig(file)
-    return Image.open(file)
-
-
-def _is_measured(rows: Sequence[Row], name: str) -> bool:
-    return any(name in row.columns for row in rows)
-
-
 def draw_faces(run: Run, side: int = 176) -> Image.Image:
     """Draw one subject per row: its reference image and the image of every method.
 
     All methods of a row have the same prompt and seed; methods at an extra scale are left out.
     """
     suite = run.suite
-    methods = [name for name in run.methods if "@" not in name]
+    methods = _list_methods(run)
     rows = []
     for index, person in enumerate(run.people[:GRID_PEOPLE]):
         prompts = suite.prompts_of(person)
@@ -142,6 +83,11 @@ def draw_faces(run: Run, side: int = 176) -> Image.Image:
         rows.append((suite.prompts[prompt].text, [_crop_square(image) for image in images]))
     title = f"{suite.name}: one subject per row"
     return labeled_grid(title, ["reference", *methods], rows, side)
+
+
+def _list_methods(run: Run) -> list[str]:
+    """Return the methods of a run without their rows at extra scales."""
+    return [name for name in run.methods if "@" not in name]
 
 
 def _crop_square(image: Image.Image) -> Image.Image:
@@ -193,12 +139,16 @@ def _format_table(table: TextTable) -> str:
 
 
 def _format_person(run: Run, person: str) -> str:
-    """Format the images of a subject: one row per prompt, first seed, one column per method."""
-    header = "".join(f"<th>{html.escape(title)}</th>" for title in ("prompt", *run.methods))
+    """Format the images of a subject: one row per prompt, first seed, one column per method.
+
+    Methods at an extra scale are left out.
+    """
+    methods = _list_methods(run)
+    header = "".join(f"<th>{html.escape(title)}</th>" for title in ("prompt", *methods))
     rows = [f"<tr>{header}</tr>"]
     for index in run.suite.prompts_of(person):
         cells = [f'<td class="prompt">{html.escape(run.suite.prompts[index].text)}</td>']
-        for method in run.methods:
+        for method in methods:
             key = SampleKey(method, person, index, run.suite.seeds[0])
             cells.append(_format_image(run, key))
         rows.append(f"<tr>{''.join(cells)}</tr>")

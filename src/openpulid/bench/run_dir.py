@@ -5,6 +5,7 @@ RUN/people/NAME.png                   reference image of a subject; NAME-other.p
 RUN/samples/METHOD/NAME-P-S.json      record of prompt P and seed S: status, metrics, provenance
 RUN/samples/METHOD/NAME-P-S.png       its image
 RUN/tuned/METHOD/*/NAME.safetensors   a method that was tuned on a subject
+RUN/tuned/class-images.safetensors    images for prior preservation, of all subjects and methods
 RUN/method_metrics.json               metrics of all images of a method together
 """
 
@@ -397,8 +398,11 @@ def _has_costs(record: Record) -> bool:
 def iterate_jobs(suite: Suite, methods: Sequence[str], people: Sequence[str]) -> Iterator[Job]:
     """Yield all jobs of a run, methods interleaved.
 
-    A machine that is slow for a while then slows down every method alike.
+    A machine that is slow for a while then slows down every method alike. Rows at extra scales come
+    after those of all methods: several workers then tune different methods, and none waits for the
+    file that another one tunes.
     """
+    methods = sorted(methods, key=lambda method: "@" in method)
     for person in people:
         for prompt in suite.prompts_of(person):
             for method in methods:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -96,6 +97,7 @@ def score_run(run_dir: RunDir, scorers: Scorers) -> None:
     run = run_dir.load()
     method_metrics = dict(run.method_metrics)
     references: References | None = None
+    base_cache = BaseCache(scorers.faces)
     for method in run.methods:
         if not needs_scoring(run, method, scorers):
             continue
@@ -103,7 +105,8 @@ def score_run(run_dir: RunDir, scorers: Scorers) -> None:
         if method_metrics.pop(method, None):
             run_dir.write_method_metrics(method_metrics)
         references = references or load_references(run, scorers)
-        method_metrics[method] = MethodScorer(run_dir, run, method, scorers, references).score()
+        scorer = MethodScorer(run_dir, run, method, scorers, references, base_cache)
+        method_metrics[method] = scorer.score()
         run_dir.write_method_metrics(method_metrics)
 
 
@@ -127,6 +130,45 @@ def _is_unscored(run: Run, key: SampleKey, names: Sequence[str]) -> bool:
     return not expected <= set(record.metrics)
 
 
+@dataclass(frozen=True)
+class BaseFeatures:
+    """What the metric models compute from the base's images.
+
+    Attributes:
+        faces: their faces.
+        outputs: network -> its output, see `MetricInputs.apply_to_base`.
+    """
+
+    faces: Faces
+    outputs: dict[Callable[[Tensor], Any], Any]
+
+
+class BaseCache:
+    """Keeps what the metric models compute from the last batches of the base's images.
+
+    The base generates the same images of the prompts for every subject, so all subjects and methods
+    share them.
+
+    Args:
+        detect_faces: the face detector and face recognition model.
+    """
+
+    def __init__(self, detect_faces: DetectFaces) -> None:
+        self.detect_faces = detect_faces
+        self._features: dict[str, BaseFeatures] = {}
+
+    def compute(self, images: Tensor) -> BaseFeatures:
+        """Return the features of images (B, 3, H, W); the batch is recognized by its pixels."""
+        pixels = images.permute(0, 2, 3, 1).contiguous().numpy()  # as they were decoded
+        key = f"{images.shape} {hashlib.sha256(pixels).hexdigest()}"
+        features = self._features.pop(key, None)
+        if features is None:
+            features = BaseFeatures(self.detect_faces(images), {})
+        # a suite has one batch per subject, or two: for metrics of identity and the other metrics
+        self._features = dict([*list(self._features.items())[-1:], (key, features)])
+        return features
+
+
 class MethodScorer:
     """Computes the metrics of one method.
 
@@ -136,16 +178,24 @@ class MethodScorer:
         method: name of the method.
         scorers: the metric models.
         references: the subjects.
+        base_cache: shared by all methods.
     """
 
     def __init__(
-        self, run_dir: RunDir, run: Run, method: str, scorers: Scorers, references: References
+        self,
+        run_dir: RunDir,
+        run: Run,
+        method: str,
+        scorers: Scorers,
+        references: References,
+        base_cache: BaseCache,
     ) -> None:
         self.run_dir = run_dir
         self.run = run
         self.method = method
         self.scorers = scorers
         self.references = references
+        self.base_cache = base_cache
         # the base has none: it would be compared with itself
         self.method_metrics = scorers.method_metrics() if method != BASE else ()
 
@@ -204,6 +254,7 @@ class MethodScorer:
     def _load_inputs(self, keys: Sequence[SampleKey]) -> MetricInputs:
         images = load_images([self.run.images[key] for key in keys])
         base_images = load_images([self.run.images[key.with_method(BASE)] for key in keys])
+        base_features = self.base_cache.compute(base_images)
         subject = self.run.people.index(keys[0].person)
         subjects = torch.full((len(keys),), subject)
         second_faces = self.references.second_faces
@@ -212,7 +263,7 @@ class MethodScorer:
             images=images,
             base_images=base_images,
             faces=self.scorers.faces(images),
-            base_faces=self.scorers.faces(base_images),
+            base_faces=base_features.faces,
             subjects=subjects,
             reference_images=self.references.images,
             reference_faces=self.references.faces,
@@ -220,6 +271,7 @@ class MethodScorer:
             requested=[self.scorers.attribute_classes(prompt.attributes) for prompt in prompts],
             second_faces=second_faces.select(subjects) if second_faces else None,
             facial_values=self.references.facial_values,
+            base_outputs=base_features.outputs,
         )
 
 

@@ -14,6 +14,7 @@ from openpulid.bench.equal_similarity import (
     PRESERVATION,
     PairedDifference,
     compare_at_equal_similarity,
+    has_scale,
 )
 from openpulid.bench.metrics import COLUMNS, FID, IDENTITY_METRICS, Interval, bootstrap
 from openpulid.bench.run_dir import BASE, Record, Run, SampleKey
@@ -29,7 +30,8 @@ TIME_COSTS = ("seconds", "steps_per_second", "photo_to_image")
 PERSON_COSTS = {"person_seconds": False, "person_kb": False}
 """Cost of a person -> whether more is better.
 
-Seconds to extract the identity, or to tune the method; kilobytes that are stored of the person.
+Median seconds to extract the identity, or to tune the method, of people whose images are timed with
+the base; kilobytes that are stored of the person.
 """
 ALL_COSTS = {**COSTS, **PERSON_COSTS}
 
@@ -50,7 +52,7 @@ class Row:
         num_images: number of images.
         num_missing: number of images that failed or were not tried.
         time_ratio: generation time relative to the base; NaN if unknown.
-        scale: identity scale; NaN without images.
+        scale: identity scale; NaN without images, and for the base and methods that have none.
         errors: reasons of the failures.
     """
 
@@ -75,6 +77,10 @@ class TextTable:
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the table as JSON data."""
+        return {"header": list(self.header), "rows": [list(row) for row in self.rows]}
+
     def to_markdown(self) -> str:
         """Format the table as Markdown."""
         lines = [self.header, ["---"] * len(self.header), *self.rows]
@@ -91,17 +97,20 @@ def build_row(run: Run, method: str) -> Row:
     columns = {
         name: _aggregate(run, timed if name in TIME_COSTS else done, name)
         for name in HIGHER_IS_BETTER
+        if name != "person_seconds"
     }
+    columns["person_seconds"] = Interval(_person_seconds(timed))
     for name, value in run.method_metrics.get(method, {}).items():
         if value is not None:
             columns[name] = Interval(value)
+    is_scaled = method != BASE and has_scale(method.partition("@")[0])
     return Row(
         method,
         {name: column for name, column in columns.items() if not math.isnan(column.mean)},
         num_images=len(done),
         num_missing=len(keys) - len(done),
         time_ratio=_time_ratio(run, keys),
-        scale=done[0].configuration.get("scale", 0.0) if done else math.nan,
+        scale=done[0].configuration.get("scale", 0.0) if done and is_scaled else math.nan,
         errors=sorted({record.error for record in records if record.error}),
     )
 
@@ -124,8 +133,6 @@ def _cost(record: Record, name: str) -> float | None:
         return None
     if name == "seconds":
         return record.seconds
-    if name == "person_seconds":
-        return record.identify_seconds or None  # the base needs none
     if name == "person_kb":
         return record.identity_bytes / 1000 if record.identity_bytes else None
     if name == "steps_per_second":
@@ -134,6 +141,17 @@ def _cost(record: Record, name: str) -> float | None:
     if name == "photo_to_image":
         return (record.identify_seconds or 0) + record.seconds
     return record.memory
+
+
+def _person_seconds(records: Sequence[Record]) -> float:
+    """Compute the median over people of the seconds that a person takes; NaN for the base."""
+    seconds: dict[str, list[float]] = {}
+    for record in records:
+        if record.identify_seconds:
+            seconds.setdefault(record.sample.person, []).append(record.identify_seconds)
+    if not seconds:
+        return math.nan
+    return statistics.median(map(statistics.median, seconds.values()))
 
 
 def _time_ratio(run: Run, keys: Sequence[SampleKey]) -> float:
@@ -189,6 +207,7 @@ class ResultTable:
             rows.append(
                 {
                     "method": row.method,
+                    "scale": None if math.isnan(row.scale) else row.scale,
                     "images": row.num_images,
                     "failed": row.num_missing,
                     "ratio": None if math.isnan(row.time_ratio) else round(row.time_ratio, 4),
@@ -196,9 +215,11 @@ class ResultTable:
                     "intervals": intervals,
                 }
             )
+        attributes = self.attributes()
         return {
             "suite": self.run.suite.name,
             "rows": rows,
+            "attributes": attributes and attributes.to_json(),
             "equal_similarity": self._comparison_to_json(),
         }
 
@@ -249,8 +270,9 @@ class ResultTable:
         for row in self.rows:
             cells = [_format_interval(row.columns.get(name)) for name in names]
             ratio = "" if math.isnan(row.time_ratio) else f"{row.time_ratio:.2f}"
-            rows.append([row.method, str(row.num_images), *cells, ratio])
-        return TextTable(["method", "images", *titles, "time to base"], rows)
+            scale = "" if math.isnan(row.scale) else f"{row.scale:g}"
+            rows.append([row.method, scale, str(row.num_images), *cells, ratio])
+        return TextTable(["method", "scale", "images", *titles, "time to base"], rows)
 
     def differences(self) -> TextTable | None:
         """Return the comparison at equal similarity as text; None without a comparable row."""
@@ -338,6 +360,12 @@ class ResultTable:
                 f"{features} features. PuLID's published FID uses an undisclosed set of reference "
                 "images and cannot be compared with it."
             )
+        if others := self._methods_of_other_bases():
+            notes.append(
+                f"{', '.join(others)}: some images are from other weights of the base model than "
+                "the base's images that they are compared with; run the same `pulid bench run` "
+                "with all methods again."
+            )
         for row in self.rows:
             if row.num_missing:
                 reasons = "; ".join(row.errors) or "not generated yet"
@@ -358,6 +386,20 @@ class ResultTable:
         for source, table in self.published().items():
             parts += [f"## Published: {source}", table.to_markdown()]
         return "\n\n".join(parts) + "\n"
+
+    def _methods_of_other_bases(self) -> list[str]:
+        """Return the methods with an image whose base model has other weights than the base's."""
+        records = self.run.records
+        methods: dict[str, None] = {}
+        for key, record in records.items():
+            base = records.get(key.with_method(BASE))
+            if base is None or not (record.is_done and base.is_done):
+                continue
+            weights = record.configuration.get("weights", {})
+            base_weights: Mapping[str, Any] = base.configuration.get("weights", {})
+            if any(weights.get(part) != hashes for part, hashes in base_weights.items()):
+                methods[key.method] = None
+        return list(methods)
 
     def _first_base_record(self) -> Record | None:
         records = (self.run.records.get(key) for key in self.run.keys(BASE))

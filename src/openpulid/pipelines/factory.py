@@ -186,6 +186,29 @@ def load_extractor(
     return extractor
 
 
+def share_extractor(
+    extractor: IdentityExtractor, base: Preset, preset: Preset, adapter: Any, device: torch.device
+) -> IdentityExtractor:
+    """Return an identity extractor that is loaded already, or load another one for a method.
+
+    Args:
+        extractor: the loaded extractor.
+        base: its preset.
+        preset: of the method.
+        adapter: of the method.
+        device: where to compute.
+
+    Raises:
+        OptionError: the adapter was trained with other face models.
+        WeightsError: something is missing or damaged.
+    """
+    if preset.models.extractor != base.models.extractor:
+        return load_extractor(preset, device, adapter)
+    if not preset.models.is_miniature:
+        require_face_models(adapter, extractor.models)
+    return extractor
+
+
 def load_detection(models: ModelSet) -> FaceDetection:
     """Load the face detector of a preset alone, on the CPU: it takes no memory of an accelerator.
 

@@ -13,6 +13,7 @@ from openpulid.device import training_dtype
 from openpulid.diffusion.noise_schedule import NoiseSchedule
 from openpulid.errors import OptionError, TrainingError
 from openpulid.identity.reference import open_references
+from openpulid.io.checkpoints import read_metadata
 from openpulid.methods.tuned import Trigger
 from openpulid.training.pulid import DiffusionStep
 from openpulid.training.pulid.losses import DiffusionLoss
@@ -27,7 +28,7 @@ from openpulid.training.tuning.images import (
 from openpulid.training.tuning.recipes import TUNING_METHODS, TuningRecipe
 from openpulid.training.tuning.task import TuningTask
 from openpulid.training.tuning.trained import open_part
-from openpulid.training.tuning.tune import delete_checkpoints
+from openpulid.training.tuning.tune import CLASS_IMAGES, delete_checkpoints
 from tests.support import tiny_sdxl
 
 TRIGGER = Trigger("noir", "person")
@@ -125,6 +126,28 @@ def test_interrupted_tuning_keeps_its_class_images(pipe, references, tmp_path, m
     delete_checkpoints(tmp_path / "run")
     run(pipe, references, tmp_path, "lora", num_class_images=3)
     assert generated == [2, 3]
+
+
+def test_people_and_methods_share_class_images(pipe, references, tmp_path):
+    path = tmp_path / "shared" / CLASS_IMAGES
+
+    def tune_once(method: str, person: int, guidance_scale: float = 1.0) -> int:
+        tune(
+            recipe(method, num_class_images=2, steps=1),
+            pipe,
+            [references[person]],
+            TRIGGER,
+            tmp_path / f"{method}-{person}-{guidance_scale}",
+            class_options={"num_inference_steps": 1, "guidance_scale": guidance_scale},
+            class_images_path=path,
+        )
+        return path.stat().st_mtime_ns
+
+    first = tune_once("dreambooth-lora", 0)
+    assert float(read_metadata(path)["seconds"]) >= 0
+    assert tune_once("dreambooth-lora", 1) == first
+    assert tune_once("custom-diffusion", 0) == first
+    assert tune_once("custom-diffusion", 0, guidance_scale=2.0) != first
 
 
 @pytest.mark.parametrize("method", sorted(TUNING_METHODS))

@@ -24,7 +24,20 @@ class Interval:
     high: float = math.nan
 
 
-def bootstrap(values: Tensor, groups: Tensor, *, resamples: int = 2000, seed: int = 0) -> Interval:
+def draw_subjects(num_subjects: int, *, resamples: int = 2000, seed: int = 0) -> Tensor:
+    """Draw R bootstrap samples of N subjects: indices (R, N), with replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(num_subjects, (resamples, num_subjects), generator=generator)
+
+
+def percentile_interval(mean: float, resampled_means: Tensor) -> Interval:
+    """Return a mean with the 95% percentile interval of its R resampled values, (R,)."""
+    quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = resampled_means.double().quantile(quantiles).tolist()
+    return Interval(mean, low, high)
+
+
+def bootstrap(values: Tensor, groups: Tensor) -> Interval:
     """Compute a mean with a 95% percentile bootstrap interval over subjects.
 
     Cluster bootstrap (Efron 1979): images of one subject are correlated, so subjects are
@@ -33,8 +46,6 @@ def bootstrap(values: Tensor, groups: Tensor, *, resamples: int = 2000, seed: in
     Args:
         values: (B,) one number per image; NaN is ignored.
         groups: (B,) the subject of each image.
-        resamples: number of bootstrap samples.
-        seed: seed of the resampling.
 
     Returns:
         The mean over subjects of their own means. The interval is NaN with fewer than two
@@ -48,9 +59,4 @@ def bootstrap(values: Tensor, groups: Tensor, *, resamples: int = 2000, seed: in
     mean = subject_means.mean().item()
     if len(means) < 2:  # every resample would be the same subject and the mean look certain
         return Interval(mean)
-
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(len(means), (resamples, len(means)), generator=generator)
-    quantiles = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    low, high = subject_means[draws].mean(dim=1).quantile(quantiles).tolist()
-    return Interval(mean, low, high)
+    return percentile_interval(mean, subject_means[draw_subjects(len(means))].mean(dim=1))

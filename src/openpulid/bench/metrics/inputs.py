@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Output = TypeVar("Output")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class MetricInputs:
         second_faces: the faces of another image of each image's subject (B rows), which no
             method has seen; None if there are no such images.
         facial_values: (P, V), the true facial parameters of the subjects; None for photos.
+        outputs: network -> its output for `images`, see `apply`.
+        base_outputs: network -> its output for `base_images`, see `apply_to_base`.
     """
 
     images: Tensor
@@ -76,6 +80,22 @@ class MetricInputs:
     requested: Sequence[Mapping[str, int]] = field(default=())
     second_faces: Faces | None = None
     facial_values: Tensor | None = None
+    outputs: dict[Callable[[Tensor], Any], Any] = field(default_factory=dict, repr=False)
+    base_outputs: dict[Callable[[Tensor], Any], Any] = field(default_factory=dict, repr=False)
+
+    def apply(self, network: Callable[[Tensor], Output]) -> Output:
+        """Apply a network to `images`; metrics that share the network share its output."""
+        if network not in self.outputs:
+            self.outputs[network] = network(self.images)
+        output: Output = self.outputs[network]
+        return output
+
+    def apply_to_base(self, network: Callable[[Tensor], Output]) -> Output:
+        """Apply a network to `base_images`; metrics that share the network share its output."""
+        if network not in self.base_outputs:
+            self.base_outputs[network] = network(self.base_images)
+        output: Output = self.base_outputs[network]
+        return output
 
 
 class Metric(Protocol):

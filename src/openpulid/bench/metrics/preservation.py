@@ -33,7 +33,7 @@ class ClipT:
 
     def __call__(self, inputs: MetricInputs) -> Tensor:
         """Compute the metric for each image, (B,)."""
-        images = self.embed_images(inputs.images)
+        images = inputs.apply(self.embed_images)
         return 100 * cosine(images, self.embed_texts(inputs.prompts)).cpu()
 
 
@@ -52,8 +52,8 @@ class ClipI:
 
     def __call__(self, inputs: MetricInputs) -> Tensor:
         """Compute the metric for each image, (B,)."""
-        images = self.embed_images(inputs.images)
-        return cosine(images, self.embed_images(inputs.base_images)).cpu()
+        images = inputs.apply(self.embed_images)
+        return cosine(images, inputs.apply_to_base(self.embed_images)).cpu()
 
 
 class Dino(ClipI):
@@ -134,7 +134,7 @@ class Attributes:
     def check(self, inputs: MetricInputs) -> list[dict[str, bool]]:
         """Return, for each image and requested attribute, whether the image shows it."""
         requested = inputs.requested or [{}] * len(inputs.images)
-        return _check_attributes(self.classify(inputs.images), requested)
+        return _check_attributes(inputs.apply(self.classify), requested)
 
 
 def attribute_accuracy(
@@ -192,13 +192,14 @@ class FID:
         """Add a batch of images."""
         from torchmetrics.image.fid import FrechetInceptionDistance
 
+        base_features = inputs.apply_to_base(self.features)
         if self._distance is None:
             self._distance = FrechetInceptionDistance(
-                feature=_FeatureModule(self.features, inputs.base_images[:1]), normalize=True
+                feature=_ComputedFeatures(base_features.shape[-1])
             )
             self._distance.set_dtype(torch.float64)
-        self._distance.update(inputs.base_images, real=True)
-        self._distance.update(inputs.images, real=False)
+        self._distance.update(base_features, real=True)
+        self._distance.update(inputs.apply(self.features), real=False)
 
     def compute(self) -> float:
         """Compute the distance over all batches; NaN with fewer than two images."""
@@ -207,13 +208,12 @@ class FID:
         return float(self._distance.compute())
 
 
-class _FeatureModule(nn.Module):
-    """A feature function in the form that torchmetrics expects."""
+class _ComputedFeatures(nn.Module):
+    """Stands for the network that torchmetrics expects, which other metrics have applied."""
 
-    def __init__(self, features: EmbedImages, example: Tensor) -> None:
+    def __init__(self, num_features: int) -> None:
         super().__init__()
-        self.features = features
-        self.num_features = features(example).shape[-1]
+        self.num_features = num_features
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.features(images)
+    def forward(self, features: Tensor) -> Tensor:
+        return features

@@ -34,6 +34,8 @@ def tune_person(
     word: str | None = None,
     changes: Mapping[str, Any] | None = None,
     is_fresh: bool = False,
+    class_images_path: Path | None = None,
+    pipe: Any = None,
     device: str | None = None,
 ) -> None:
     """Tune a method on images of one person and write its file.
@@ -50,6 +52,8 @@ def tune_person(
         word: for the person in prompts.
         changes: settings of the recipe that differ from the method's.
         is_fresh: delete an interrupted run first.
+        class_images_path: see `tune`.
+        pipe: of `load_tuning_pipeline`, to tune on several people; loaded by default.
         device: where to compute.
 
     Raises:
@@ -71,12 +75,10 @@ def tune_person(
     if is_fresh:
         delete_run(run_dir)
     defaults = preset.defaults
-    target = select_device(device)
-    dtype = training_dtype(target) if preset.models.use_half_precision else None
     word = word or (MINIATURE_WORD if preset.models.is_miniature else WORD)
     tuned, facts = tune(
         recipe,
-        load_pipeline(preset, target, dtype),
+        load_tuning_pipeline(preset, device) if pipe is None else pipe,
         references,
         Trigger(word, class_word, replaces_noun=recipe.trained == "word"),
         run_dir,
@@ -84,8 +86,24 @@ def tune_person(
             "num_inference_steps": defaults.num_inference_steps,
             "guidance_scale": defaults.guidance_scale,
         },
+        class_images_path=class_images_path,
         detection=load_detection(preset.models) if needs_faces else None,
         is_miniature=preset.models.is_miniature,
     )
     tuned.save(out, facts)
     delete_checkpoints(run_dir)
+
+
+def load_tuning_pipeline(preset: Preset, device: str | None = None) -> Any:
+    """Load the base model of a preset in the precision of trainings.
+
+    Args:
+        preset: the preset.
+        device: where to compute.
+
+    Raises:
+        WeightsError: weights are missing.
+    """
+    target = select_device(device)
+    dtype = training_dtype(target) if preset.models.use_half_precision else None
+    return load_pipeline(preset, target, dtype)

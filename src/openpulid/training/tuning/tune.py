@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -36,7 +36,7 @@ from openpulid.training.tuning.task import TuningTask
 from openpulid.training.tuning.trained import check_words, open_part
 
 CLASS_IMAGES = "class-images.safetensors"
-"""Latents of the class images in the run directory, which take minutes to generate."""
+"""File of the latents of the class images, which take minutes to generate."""
 
 
 def tune(
@@ -47,6 +47,7 @@ def tune(
     run_dir: Path,
     *,
     class_options: Mapping[str, Any] | None = None,
+    class_images_path: Path | None = None,
     detection: FaceDetection | None = None,
     is_miniature: bool = False,
 ) -> tuple[TunedAdapter, dict[str, Any]]:
@@ -61,11 +62,14 @@ def tune(
         trigger: the word for the person in prompts.
         run_dir: folder of the checkpoints, see `delete_checkpoints`.
         class_options: arguments of the pipeline with which the class images are generated.
+        class_images_path: file that caches the class images for further tunings of the same base
+            model; a file in the run directory by default.
         detection: finds the faces, which a recipe can weigh more than the background.
         is_miniature: whether the base model is the miniature, which knows few words.
 
     Returns:
-        The method, and the facts about its training.
+        The method, and the facts about its training. Its seconds are without those of the class
+        images, which depend on the base model alone.
 
     Raises:
         FaceError: faces are weighed, and an image has none.
@@ -81,17 +85,16 @@ def tune(
     )
     name = _name_run(recipe, pipe, references, trigger)
     class_prompts = fill_templates(trigger.class_word, is_miniature)
+    preparation_seconds = time.monotonic() - started_at
     class_images = None
     if recipe.num_class_images:
-        options = dict(class_options or {})
-        class_images = _cache_images(
-            run_dir / CLASS_IMAGES,
-            f"{name} {json.dumps(options, default=str)}",
-            lambda: generate_class_images(
-                model, class_prompts, recipe.num_class_images, options, recipe.seed
-            ),
+        class_images = _load_class_images(
+            class_images_path or run_dir / CLASS_IMAGES,
+            model,
+            class_prompts,
+            recipe,
+            dict(class_options or {}),
         )
-    preparation_seconds = time.monotonic() - started_at
     with open_part(recipe, pipe, trigger) as part:
         task = TuningTask(
             recipe,
@@ -113,12 +116,29 @@ def tune(
     return method, facts
 
 
-def _cache_images(path: Path, key: str, generate: Callable[[], TuningImages]) -> TuningImages:
-    """Read images that an interrupted tuning with the same key has stored, or generate them."""
+def _load_class_images(
+    path: Path,
+    model: SDXLModel,
+    prompts: Sequence[str],
+    recipe: TuningRecipe,
+    options: dict[str, Any],
+) -> TuningImages:
+    """Read the class images of a base model from their file, or generate and store them.
+
+    The file is of an interrupted run, or of another tuning. Its metadata has the seconds that the
+    images took.
+    """
+    count = recipe.num_class_images
+    networks = _describe_networks(model.pipe)
+    settings = [networks, list(prompts), count, recipe.seed, options]
+    key = hashlib.sha256(json.dumps(settings, default=str).encode()).hexdigest()
     if path.exists() and read_metadata(path).get("key") == key:
         return TuningImages(read_tensors(path)["latents"])
-    images = generate()
-    save_tensors({"latents": images.latents.cpu().contiguous()}, path, {"key": key})
+    started_at = time.monotonic()
+    images = generate_class_images(model, prompts, count, options, recipe.seed)
+    seconds = f"{time.monotonic() - started_at:.1f}"
+    latents = images.latents.cpu().contiguous()
+    save_tensors({"latents": latents}, path, {"key": key, "seconds": seconds})
     return images
 
 
@@ -133,11 +153,15 @@ def _name_run(
     recipe: TuningRecipe, pipe: Any, references: Sequence[ReferenceImage], trigger: Trigger
 ) -> str:
     """Return a name that differs for other settings, base models, images or words."""
-    # a few layers tell U-Nets apart; a hash of all would take seconds at full size
-    layers = [pipe.unet.conv_in, pipe.unet.time_embedding, pipe.unet.conv_out]
-    networks = [str(pipe.name_or_path), *map(module_fingerprint, layers)]
-    settings = [asdict(recipe), asdict(trigger), *networks]
+    settings = [asdict(recipe), asdict(trigger), *_describe_networks(pipe)]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for reference in references:
         digest.update(reference.image.tobytes())
     return f"{recipe.method}-{digest.hexdigest()[:12]}"
+
+
+def _describe_networks(pipe: Any) -> list[str]:
+    """Return the path of a base model and hashes that tell its U-Net from other ones."""
+    # a few layers are enough; a hash of all would take seconds at full size
+    layers = [pipe.unet.conv_in, pipe.unet.time_embedding, pipe.unet.conv_out]
+    return [str(pipe.name_or_path), *map(module_fingerprint, layers)]
