@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -379,6 +380,9 @@ def test_unsuitable_values_raise(identities, model, apply, adapters, loaded) -> 
         apply(model, identities[0], -1.0)
     with pytest.raises(OptionError, match="start and end must be"):
         apply(model, identities[0], start=2.0)
+    stranger = replace(identities[0], models={"w600k_r50": "0", "EVA02": "0"})
+    with pytest.raises(OptionError, match=r"face models \(antelopev2 for published files\)"):
+        apply(model, stranger)
     unet = model.get_model_object("diffusion_model")
     widths = comfyui.import_pack("patching").find_layer_widths(unet)
     with pytest.raises(WeightsError, match="another U-Net"):
