@@ -83,8 +83,8 @@ class LoadFaceModels(io.ComfyNode):
             display_name="Load face models",
             category=CATEGORY,
             description="Load the models that read faces: an insightface pack of "
-            "models/insightface/models, or the one that `pulid weights get sdxl` installs, with "
-            "EVA02-CLIP.",
+            "models/insightface/models, or the one that `pulid weights get detector arcface "
+            "parsing eva` installs, with EVA02-CLIP.",
             inputs=[
                 io.Combo.Input("pack", options=list_face_packs(), default=DEFAULT_PACK),
                 io.Combo.Input("device", options=["default", "cpu"], default="default"),

@@ -14,6 +14,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from PIL import Image
 
+from openpulid.io.hub import WEIGHTS
+from openpulid.pipelines.presets import sdxl
+
 PACK = Path(__file__).parents[2] / "comfyui"
 SOURCES = sorted(PACK.rglob("*.py"))
 WORKFLOWS = sorted((PACK / "example_workflows").glob("*.json"))
@@ -62,6 +65,17 @@ def test_thumbnails_are_small_and_belong_to_a_workflow() -> None:
         assert path.stat().st_size < 60_000
         with Image.open(path) as image:
             assert image.format == "JPEG" and image.size == (480, 480)
+
+
+@by_stem
+def test_note_downloads_the_face_models_alone(path) -> None:
+    """Base models and adapters of a preset have tens of gigabytes, and ComfyUI's own folders."""
+    notes = [x for x in json.loads(path.read_text("utf-8"))["nodes"] if x["type"] == NOTE]
+    (command,) = re.findall(r"pulid weights get ([\w -]+)\*\*", json.dumps(notes))
+    models = sdxl().models
+    roles = (models.detector, models.recognition, models.face_parsing, models.vision_encoder)
+    assert command.split() == list(roles)
+    assert sum(WEIGHTS[name].megabytes for name in roles) < 1200
 
 
 def walk(kind: type[ast.AST]) -> Iterator[tuple[str, ast.AST]]:
