@@ -194,7 +194,8 @@ class SaveIdentity(io.ComfyNode):
             display_name="Save identity",
             category=CATEGORY,
             description="Save an identity to output/identities. It is biometric data: only you can "
-            "read the file. An existing file is never overwritten.",
+            "read the file. An existing file is never overwritten, and a name of "
+            "models/pulid_identities gets a number.",
             inputs=[
                 PulidIdentity.Input("identity"),
                 io.String.Input("name", default="identity"),
@@ -232,11 +233,14 @@ def describe_bad_name(name: str) -> str | None:
 
 
 def find_free_path(folder: Path, name: str) -> Path:
-    """Return NAME.safetensors, or the first NAME_2.safetensors, ... that does not exist."""
+    """Return NAME.safetensors, or the first NAME_2.safetensors, ... that does not exist.
+
+    Nor does one in another folder of *Load identity*, which lists names without folders.
+    """
     stem = name.removesuffix(".safetensors")
     path = folder / f"{stem}.safetensors"
     number = 2
-    while path.exists():
+    while path.exists() or folder_paths.get_full_path(IDENTITIES, path.name):
         path = folder / f"{stem}_{number}.safetensors"
         number += 1
     return path

@@ -70,19 +70,22 @@ def test_identity_is_saved_loaded_and_compared(server) -> None:
         "class_type": "OpenPulidSaveIdentity",
         "inputs": {"identity": ["5", 0], "name": "anna"},
     }
+    other = server.directory / "models" / "pulid_identities" / "anna.safetensors"
+    other.parent.mkdir(parents=True, exist_ok=True)
+    other.write_bytes(b"another person, whom Load identity would load")
     for number in (1, 2):  # the second is a new file
         graph["5"]["inputs"]["fusion"] = ("concat", "mean")[number - 1]
         assert server.run(graph)["status"]["status_str"] == "success"
     folder = server.directory / "output" / "identities"
     assert {path.name for path in folder.iterdir()} == {
-        "anna.safetensors",
         "anna_2.safetensors",
+        "anna_3.safetensors",
     }
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in folder.iterdir())
     compared = {
         key: graph[key] for key in ("3", "4", "5")
     } | {
-        "7": {"class_type": "OpenPulidLoadIdentity", "inputs": {"file": "anna.safetensors"}},
+        "7": {"class_type": "OpenPulidLoadIdentity", "inputs": {"file": "anna_2.safetensors"}},
         "8": {
             "class_type": "OpenPulidSimilarity",
             "inputs": {"face_models": ["3", 0], "identity": ["5", 0], "other": ["7", 0]},
