@@ -47,6 +47,8 @@ def test_all_nodes_are_listed(server) -> None:
         ("OpenPulidApply", {"start": 2.0}, "start and end must be fractions of the schedule"),
         ("OpenPulidApply", {"start": 0.6, "end": 0.5}, "start 0.6 is not before end 0.5"),
         ("OpenPulidApply", {"num_zero": -3}, "num_zero must be an integer"),
+        ("OpenPulidApply", {"scale": 50.0}, "scale must be at most 5; got 50."),
+        ("OpenPulidApply", {"num_zero": 100_000}, "num_zero must be at most 1000; got 100000."),
     ],
 )
 def test_bad_values_are_refused_before_the_run(server, kind, value, message) -> None:
