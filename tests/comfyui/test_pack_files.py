@@ -121,6 +121,9 @@ def test_project_file_is_complete() -> None:
     assert comfy["PublisherId"] and comfy["DisplayName"]
     assert Version("0.3.64") in SpecifierSet(comfy["requires-comfyui"])
     # ComfyUI's manager installs what requirements.txt has.
-    requirements = (PACK / "requirements.txt").read_text("utf-8").split()
+    requirements = (PACK / "requirements.txt").read_text("utf-8").splitlines()
     assert requirements == project["dependencies"]
-    assert [Requirement(text).name for text in requirements] == ["openpulid"]
+    (requirement,) = map(Requirement, requirements)
+    # the package is on no index, where anybody could take its name
+    assert requirement.name == "openpulid"
+    assert requirement.url == f"git+{project['urls']['Repository']}"
