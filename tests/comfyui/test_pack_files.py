@@ -120,6 +120,9 @@ def test_project_file_is_complete() -> None:
     assert project["urls"]["Repository"].startswith("https://github.com/")
     assert comfy["PublisherId"] and comfy["DisplayName"]
     assert Version("0.3.64") in SpecifierSet(comfy["requires-comfyui"])
+    package = tomllib.loads((PACK.parent / "pyproject.toml").read_text("utf-8"))["project"]
+    systems = [x for x in project["classifiers"] if x.startswith("Operating System ::")]
+    assert systems and set(systems) <= set(package["classifiers"])
     # ComfyUI's manager installs what requirements.txt has.
     requirements = (PACK / "requirements.txt").read_text("utf-8").splitlines()
     assert requirements == project["dependencies"]
