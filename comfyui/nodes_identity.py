@@ -15,6 +15,7 @@ from .folders import (
     DEFAULT_PACK,
     IDENTITIES,
     MINIATURE,
+    OPEN_PACK,
     find_face_pack,
     identity_output_folder,
     list_face_packs,
@@ -84,7 +85,8 @@ class LoadFaceModels(io.ComfyNode):
             category=CATEGORY,
             description="Load the models that read faces: an insightface pack of "
             "models/insightface/models, or the one that `pulid weights get detector arcface "
-            "parsing eva` installs, with EVA02-CLIP.",
+            "parsing eva` installs, with EVA02-CLIP. For an adapter of `pulid train --faces "
+            "open`, choose open.",
             inputs=[
                 io.Combo.Input("pack", options=list_face_packs(), default=DEFAULT_PACK),
                 io.Combo.Input("device", options=["default", "cpu"], default="default"),
@@ -101,6 +103,8 @@ class LoadFaceModels(io.ComfyNode):
 
         if pack == MINIATURE:
             preset = resolve_preset("mini")
+        elif pack == OPEN_PACK:
+            preset = resolve_preset("sdxl", face_pack="open")
         else:
             preset = resolve_preset("sdxl", face_pack=find_face_pack(pack))
         where = "cpu" if device == "cpu" else comfy.model_management.get_torch_device()

@@ -381,7 +381,7 @@ def test_unsuitable_values_raise(identities, model, apply, adapters, loaded) -> 
     with pytest.raises(OptionError, match="start and end must be"):
         apply(model, identities[0], start=2.0)
     stranger = replace(identities[0], models={"w600k_r50": "0", "EVA02": "0"})
-    with pytest.raises(OptionError, match=r"face models \(antelopev2 for published files\)"):
+    with pytest.raises(OptionError, match=r"in Load face models \(antelopev2 for published"):
         apply(model, stranger)
     unet = model.get_model_object("diffusion_model")
     widths = comfyui.import_pack("patching").find_layer_widths(unet)
