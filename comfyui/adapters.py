@@ -207,7 +207,8 @@ def _check_face_models(loaded: LoadedAdapter, identity: Any) -> None:
     except OptionError:
         raise OptionError(
             f"{loaded.name} was trained with other face models than those of the identity; choose "
-            "the pack of its training in Load face models, or another adapter."
+            "the pack of its training in Load face models (antelopev2 for published files, "
+            "open for those of pulid train --faces open), or another adapter."
         ) from None
 
 

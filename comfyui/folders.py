@@ -16,6 +16,9 @@ DEFAULT_PACK = "antelopev2"
 """The face models with which the published adapters were trained; `pulid weights get` installs
 them."""
 
+OPEN_PACK = "open, for commercial use"
+"""The face models of `pulid train --faces open`."""
+
 
 def register_folders() -> None:
     """Add the folders of adapters and identities in models, and output/identities."""
@@ -63,7 +66,7 @@ def list_face_packs(is_photo: bool = False) -> list[str]:
     found = sorted(path.name for path in folder.glob("*") if path.is_dir())
     if is_photo:
         return found
-    return list(dict.fromkeys([DEFAULT_PACK, *found, MINIATURE]))
+    return list(dict.fromkeys([DEFAULT_PACK, *found, OPEN_PACK, MINIATURE]))
 
 
 def find_face_pack(name: str) -> Path | None:

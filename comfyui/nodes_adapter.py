@@ -18,6 +18,9 @@ PROJECTIONS = ("ortho_v2", "ortho", "none")
 METHODS = {"fidelity": ("ortho_v2", 8), "style": ("ortho", 16), "neutral": ("none", 0)}
 """The names of earlier PuLID nodes for a projection and a number of zero tokens."""
 
+MAX_SCALE = 5.0
+MAX_NUM_ZERO = 1000
+
 PulidAdapter = io.Custom("OPENPULID_ADAPTER")
 
 
@@ -61,7 +64,7 @@ def scale_input() -> Any:
         "scale",
         default=0.8,
         min=0.0,
-        max=5.0,
+        max=MAX_SCALE,
         step=0.05,
         tooltip="Weight of the identity: 0.8 for SDXL, 1 for FLUX. 0 changes nothing.",
     )
@@ -103,7 +106,7 @@ def projection_inputs() -> list[Any]:
             "num_zero",
             default=20,
             min=0,
-            max=1000,
+            max=MAX_NUM_ZERO,
             tooltip="SDXL only. Number of zero tokens next to the identity's; more of them weaken "
             "the identity.",
         ),
@@ -127,12 +130,21 @@ def find_problem(
     end: float | None = None,
     num_zero: int | None = None,
 ) -> bool | str:
-    """Return a sentence on the first value that is out of range, or True. None is not checked."""
+    """Return a sentence on the first value that is out of range, or True. None is not checked.
+
+    ComfyUI leaves minima and maxima of the inputs that `validate_inputs` names to the node.
+    """
     from openpulid.errors import PulidError
     from openpulid.methods.pulid.sdxl_attention import AttentionOptions
 
     values = {"scale": scale, "start": start, "end": end}
     given = {name: value for name, value in values.items() if value is not None}
+    for name, value, maximum in (
+        ("scale", scale, MAX_SCALE),
+        ("num_zero", num_zero, MAX_NUM_ZERO),
+    ):
+        if value is not None and value > maximum:
+            return f"{name} must be at most {maximum:g}; got {value:g}."
     try:
         check_options(ApplyOptions(**{"scale": 1.0, **given}))
         AttentionOptions(num_zero=num_zero or 0)

@@ -15,6 +15,7 @@ from .folders import (
     DEFAULT_PACK,
     IDENTITIES,
     MINIATURE,
+    OPEN_PACK,
     find_face_pack,
     identity_output_folder,
     list_face_packs,
@@ -83,8 +84,9 @@ class LoadFaceModels(io.ComfyNode):
             display_name="Load face models",
             category=CATEGORY,
             description="Load the models that read faces: an insightface pack of "
-            "models/insightface/models, or the one that `pulid weights get sdxl` installs, with "
-            "EVA02-CLIP.",
+            "models/insightface/models, or the one that `pulid weights get detector arcface "
+            "parsing eva` installs, with EVA02-CLIP. For an adapter of `pulid train --faces "
+            "open`, choose open.",
             inputs=[
                 io.Combo.Input("pack", options=list_face_packs(), default=DEFAULT_PACK),
                 io.Combo.Input("device", options=["default", "cpu"], default="default"),
@@ -101,6 +103,8 @@ class LoadFaceModels(io.ComfyNode):
 
         if pack == MINIATURE:
             preset = resolve_preset("mini")
+        elif pack == OPEN_PACK:
+            preset = resolve_preset("sdxl", face_pack="open")
         else:
             preset = resolve_preset("sdxl", face_pack=find_face_pack(pack))
         where = "cpu" if device == "cpu" else comfy.model_management.get_torch_device()
@@ -194,7 +198,8 @@ class SaveIdentity(io.ComfyNode):
             display_name="Save identity",
             category=CATEGORY,
             description="Save an identity to output/identities. It is biometric data: only you can "
-            "read the file. An existing file is never overwritten.",
+            "read the file. An existing file is never overwritten, and a name of "
+            "models/pulid_identities gets a number.",
             inputs=[
                 PulidIdentity.Input("identity"),
                 io.String.Input("name", default="identity"),
@@ -232,11 +237,14 @@ def describe_bad_name(name: str) -> str | None:
 
 
 def find_free_path(folder: Path, name: str) -> Path:
-    """Return NAME.safetensors, or the first NAME_2.safetensors, ... that does not exist."""
+    """Return NAME.safetensors, or the first NAME_2.safetensors, ... that does not exist.
+
+    Nor does one in another folder of *Load identity*, which lists names without folders.
+    """
     stem = name.removesuffix(".safetensors")
     path = folder / f"{stem}.safetensors"
     number = 2
-    while path.exists():
+    while path.exists() or folder_paths.get_full_path(IDENTITIES, path.name):
         path = folder / f"{stem}_{number}.safetensors"
         number += 1
     return path

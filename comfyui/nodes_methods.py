@@ -61,9 +61,10 @@ class LoadMethodFaceModels(io.ComfyNode):
             node_id="OpenPulidLoadMethodFaceModels",
             display_name="Load face models of a method",
             category=CATEGORY,
-            description="Load the models that read faces for InstantID, FaceID or PhotoMaker: "
-            "those that `pulid weights get METHOD` installs. Connect the result to "
-            "Identity from images.",
+            description="Load the models that read faces for InstantID, FaceID or PhotoMaker. "
+            "`pulid weights get detector arcface parsing eva` installs those of InstantID, "
+            "`pulid weights get detector buffalo-l` those of FaceID and PhotoMaker v2; FaceID Plus "
+            "also needs clip-h. Connect the result to Identity from images.",
             inputs=[
                 Method.Input("method"),
                 io.Combo.Input("pack", options=[METHOD_PACK, *list_face_packs(is_photo=True)]),

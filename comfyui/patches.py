@@ -2,7 +2,7 @@
 
 ComfyUI copies them with the model up to version 0.13 and shares them since. So they are never
 changed after they are set: a node that adds an identity sets a new object. Only other packs change
-them, by `add`.
+them, by `add`; for these, `copy_attention_patches` gives every clone its own objects.
 """
 
 from __future__ import annotations

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .calls import watch_calls
+from .calls import KEY, watch_calls
 from .patches import (
     AttentionPatch,
     BlockOutputPatch,
@@ -27,6 +28,9 @@ Place = tuple[str, int, int]
 
 UNET_BLOCKS = (("input", "input_blocks"), ("output", "output_blocks"), ("middle", "middle_block"))
 """ComfyUI's names of the U-Net's blocks, in the order of the published keys."""
+
+ON_CLONE = "on_clone"
+"""The value of `comfy.patcher_extension.CallbacksMP.ON_CLONE`."""
 
 EPSILON = 1e-6
 """Relative tolerance of a noise level: a sampler has it in float32."""
@@ -71,6 +75,8 @@ def patch_unet(model: Any, identity: ScheduledIdentity) -> Any:
     """Return a clone of an SDXL model with an identity."""
     clone = model.clone()
     watch_calls(clone)
+    if not clone.get_callbacks(ON_CLONE, KEY):
+        clone.add_callback_with_key(ON_CLONE, KEY, copy_attention_patches)
     existing = _existing(clone, "attn2")
     unet = clone.get_model_object("diffusion_model")
     for key, ((kind, number, index), _) in find_cross_attentions(unet).items():
@@ -80,6 +86,19 @@ def patch_unet(model: Any, identity: ScheduledIdentity) -> Any:
         patch = set_identity(current, identity, partial(AttentionPatch, key=key))
         clone.set_model_attn2_replace(patch, *place)
     return clone
+
+
+def copy_attention_patches(model: Any, clone: Any) -> None:
+    """Give a clone its own attention patches, so that other packs do not change those of the model.
+
+    Args:
+        model: a `ModelPatcher` with an identity.
+        clone: its new clone, which shares the patches since ComfyUI 0.14.
+    """
+    existing = _existing(clone, "attn2")
+    for place, patch in existing.items():
+        if isinstance(patch, AttentionPatch):
+            existing[place] = replace(patch)
 
 
 def patch_transformer(model: Any, identity: ScheduledIdentity) -> Any:

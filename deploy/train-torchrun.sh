@@ -9,6 +9,8 @@ set -euo pipefail
 photos=$1
 run=$2
 
+# seconds until torchrun kills processes that still save after Ctrl-C or SIGTERM
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=240
 exec torchrun \
   --nnodes "${NODES:-1}" \
   --node-rank "${NODE:-0}" \

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -121,7 +122,8 @@ def test_tokens_are_written_for_stable_diffusion_cpp(
 ) -> None:
     gguf = pytest.importorskip("gguf")
     adapter = flux_adapter()
-    adapter.save(tmp_path / "weights" / "pulid_flux_v0.9.1.safetensors")
+    models = {"models": json.dumps(studio.extractor.models)}
+    adapter.save(tmp_path / "weights" / "pulid_flux_v0.9.1.safetensors", models)
     monkeypatch.setenv("PULID_WEIGHTS", str(tmp_path / "weights"))
     out = tmp_path / "anna.gguf"
     done = pulid("identify", anna, "-o", out, "--for", "flux")

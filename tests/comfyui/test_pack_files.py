@@ -14,6 +14,9 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from PIL import Image
 
+from openpulid.io.hub import WEIGHTS
+from openpulid.pipelines.presets import sdxl
+
 PACK = Path(__file__).parents[2] / "comfyui"
 SOURCES = sorted(PACK.rglob("*.py"))
 WORKFLOWS = sorted((PACK / "example_workflows").glob("*.json"))
@@ -64,6 +67,17 @@ def test_thumbnails_are_small_and_belong_to_a_workflow() -> None:
             assert image.format == "JPEG" and image.size == (480, 480)
 
 
+@by_stem
+def test_note_downloads_the_face_models_alone(path) -> None:
+    """Base models and adapters of a preset have tens of gigabytes, and ComfyUI's own folders."""
+    notes = [x for x in json.loads(path.read_text("utf-8"))["nodes"] if x["type"] == NOTE]
+    (command,) = re.findall(r"pulid weights get ([\w -]+)\*\*", json.dumps(notes))
+    models = sdxl().models
+    roles = (models.detector, models.recognition, models.face_parsing, models.vision_encoder)
+    assert command.split() == list(roles)
+    assert sum(WEIGHTS[name].megabytes for name in roles) < 1200
+
+
 def walk(kind: type[ast.AST]) -> Iterator[tuple[str, ast.AST]]:
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -106,7 +120,13 @@ def test_project_file_is_complete() -> None:
     assert project["urls"]["Repository"].startswith("https://github.com/")
     assert comfy["PublisherId"] and comfy["DisplayName"]
     assert Version("0.3.64") in SpecifierSet(comfy["requires-comfyui"])
+    package = tomllib.loads((PACK.parent / "pyproject.toml").read_text("utf-8"))["project"]
+    systems = [x for x in project["classifiers"] if x.startswith("Operating System ::")]
+    assert systems and set(systems) <= set(package["classifiers"])
     # ComfyUI's manager installs what requirements.txt has.
-    requirements = (PACK / "requirements.txt").read_text("utf-8").split()
+    requirements = (PACK / "requirements.txt").read_text("utf-8").splitlines()
     assert requirements == project["dependencies"]
-    assert [Requirement(text).name for text in requirements] == ["openpulid"]
+    (requirement,) = map(Requirement, requirements)
+    # the package is on no index, where anybody could take its name
+    assert requirement.name == "openpulid"
+    assert requirement.url == f"git+{project['urls']['Repository']}"

@@ -47,6 +47,8 @@ def test_all_nodes_are_listed(server) -> None:
         ("OpenPulidApply", {"start": 2.0}, "start and end must be fractions of the schedule"),
         ("OpenPulidApply", {"start": 0.6, "end": 0.5}, "start 0.6 is not before end 0.5"),
         ("OpenPulidApply", {"num_zero": -3}, "num_zero must be an integer"),
+        ("OpenPulidApply", {"scale": 50.0}, "scale must be at most 5; got 50."),
+        ("OpenPulidApply", {"num_zero": 100_000}, "num_zero must be at most 1000; got 100000."),
     ],
 )
 def test_bad_values_are_refused_before_the_run(server, kind, value, message) -> None:
@@ -70,19 +72,22 @@ def test_identity_is_saved_loaded_and_compared(server) -> None:
         "class_type": "OpenPulidSaveIdentity",
         "inputs": {"identity": ["5", 0], "name": "anna"},
     }
+    other = server.directory / "models" / "pulid_identities" / "anna.safetensors"
+    other.parent.mkdir(parents=True, exist_ok=True)
+    other.write_bytes(b"another person, whom Load identity would load")
     for number in (1, 2):  # the second is a new file
         graph["5"]["inputs"]["fusion"] = ("concat", "mean")[number - 1]
         assert server.run(graph)["status"]["status_str"] == "success"
     folder = server.directory / "output" / "identities"
     assert {path.name for path in folder.iterdir()} == {
-        "anna.safetensors",
         "anna_2.safetensors",
+        "anna_3.safetensors",
     }
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in folder.iterdir())
     compared = {
         key: graph[key] for key in ("3", "4", "5")
     } | {
-        "7": {"class_type": "OpenPulidLoadIdentity", "inputs": {"file": "anna.safetensors"}},
+        "7": {"class_type": "OpenPulidLoadIdentity", "inputs": {"file": "anna_2.safetensors"}},
         "8": {
             "class_type": "OpenPulidSimilarity",
             "inputs": {"face_models": ["3", 0], "identity": ["5", 0], "other": ["7", 0]},

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -347,22 +347,32 @@ def test_other_packs_work_together(identities, model, apply, prompt, latents) ->
     base = call_comfyui(other, prompt, latents, layout)
     after = apply(other, identities[0])
     assert torch.equal(call_comfyui(other, prompt, latents, layout), base)
-    # the same, added to ours as those packs do
+    # the same, added to ours as those packs do; a second run has the second weight alone
     ours = apply(model, identities[0])
     plain = call_comfyui(ours, prompt, latents, layout)
-    before = ours.clone()
-    patches = before.model_options["transformer_options"]["patches_replace"]["attn2"]
-    patch = patches[place] = copy.deepcopy(patches[place])
-    patch.add(
+    expected = call_comfyui(after, prompt, latents, layout)
+    assert relative_error(expected, plain) > 1e-3
+    outputs = {
+        weight: call_comfyui(add_to_attention(ours, place, weight), prompt, latents, layout)
+        for weight in (0.2, 0.5)
+    }
+    assert relative_error(outputs[0.5], expected) <= 1e-5
+    assert relative_error(outputs[0.2], expected) > 1e-3
+    assert torch.equal(call_comfyui(ours, prompt, latents, layout), plain)
+
+
+def add_to_attention(model: Any, place: tuple[str, int, int], weight: float) -> Any:
+    """Return a clone with a constant in an attention, as IP-Adapter's pack adds its image."""
+    clone = model.clone()
+    options = clone.model_options["transformer_options"]
+    patches = options["patches_replace"]["attn2"] = options["patches_replace"]["attn2"].copy()
+    patches[place].add(
         lambda out, q, k, v, options, weight, **kwargs: torch.full_like(out, weight),
-        weight=0.5,
+        weight=weight,
         sigma_start=1e9,
         sigma_end=0.0,
     )
-    expected = call_comfyui(after, prompt, latents, layout)
-    assert relative_error(expected, plain) > 1e-3
-    assert relative_error(call_comfyui(before, prompt, latents, layout), expected) <= 1e-5
-    assert torch.equal(call_comfyui(ours, prompt, latents, layout), plain)
+    return clone
 
 
 def test_unsuitable_values_raise(identities, model, apply, adapters, loaded) -> None:
@@ -370,6 +380,9 @@ def test_unsuitable_values_raise(identities, model, apply, adapters, loaded) -> 
         apply(model, identities[0], -1.0)
     with pytest.raises(OptionError, match="start and end must be"):
         apply(model, identities[0], start=2.0)
+    stranger = replace(identities[0], models={"w600k_r50": "0", "EVA02": "0"})
+    with pytest.raises(OptionError, match=r"in Load face models \(antelopev2 for published"):
+        apply(model, stranger)
     unet = model.get_model_object("diffusion_model")
     widths = comfyui.import_pack("patching").find_layer_widths(unet)
     with pytest.raises(WeightsError, match="another U-Net"):

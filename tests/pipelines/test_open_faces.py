@@ -234,12 +234,12 @@ def test_whole_path(weights: Path, photos: Path, tmp_path: Path) -> None:
         adapter.require({"glintr100": "antelopev2's", EVA: extractor.models[EVA]})
 
 
-def test_published_adapters_refuse_auraface(weights: Path, tmp_path: Path) -> None:
+def test_published_adapters_refuse_other_packs(weights: Path, tmp_path: Path) -> None:
     adapter = PuLID.for_unet(tiny.pipe().unet, IDEncoder(16, 32, vit_dim=8, hidden_dim=16))
     published = PuLID.load(adapter.save(tmp_path / "published.safetensors"))
     sentence = (
-        "this adapter was trained with antelopev2, not with AuraFace, whose embeddings differ; "
-        "leave out --faces, or pass an adapter that was trained with --faces open."
+        "this adapter was trained with antelopev2, whose embeddings differ from those of {}; "
+        "leave out --faces, or pass an adapter that was trained with these face models."
     )
     pack = tmp_path / "pack"  # the same model in a pack of the user's
     recognition_file(pack / "glintr100.onnx", dim=12)
@@ -249,7 +249,10 @@ def test_published_adapters_refuse_auraface(weights: Path, tmp_path: Path) -> No
         for function in (load_extractor, defer_extractor):
             with pytest.raises(OptionError) as error:
                 function(preset, CPU, published)
-            assert str(error.value) == sentence
+            assert str(error.value) == sentence.format(f"{EVA} and auraface")
+    with pytest.raises(OptionError) as error:
+        published.require({"w600k_r50": "buffalo_l's", EVA: "a"})
+    assert str(error.value) == sentence.format(f"{EVA} and w600k_r50")
     models = {"glintr100": "antelopev2's", EVA: "a"}
     published.require(models)
     trained = PuLID.load(

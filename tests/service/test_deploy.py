@@ -40,7 +40,9 @@ def test_the_application_accepts_the_arguments_of_the_sample(sample: dict[str, A
     assert isinstance(build(arguments), Application)
     options = ClusterOptions.model_validate(arguments)
     assert [models.preset for models in options.service.models] == ["sdxl", "flux"]
-    assert options.service.limits.rate == "600/minute"
+    limits = options.service.limits
+    assert limits.rate == "600/minute"
+    assert limits.file_bytes == limits.body_bytes == 64 * 2**20  # as `pulid serve`
 
 
 @pytest.mark.parametrize("parts", [(), ("service",), ("service", "limits")])

@@ -18,7 +18,7 @@ STEPS = 3
 def someone(seed: int, photos: int = 1) -> Identity:
     generator = torch.Generator().manual_seed(seed)
     hidden = tuple(torch.randn(1, photos * 10, 8, generator=generator) for _ in range(5))
-    return Identity(torch.randn(1, photos, 12, generator=generator), hidden, {"tower": "abc"})
+    return Identity(torch.randn(1, photos, 12, generator=generator), hidden, {"glintr100": "abc"})
 
 
 def fresh(pipe: Any, seed: int = 0, encoder: nn.Module | None = None) -> PuLID:

@@ -49,7 +49,7 @@ class Limits:
     """
 
     body_bytes: int = MAX_BYTES
-    file_bytes: int = MAX_BYTES // 2
+    file_bytes: int = MAX_BYTES
     pixels: int = MAX_PIXELS
     files: int = 32
     images: int = 16

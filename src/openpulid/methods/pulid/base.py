@@ -29,6 +29,10 @@ from openpulid.methods.level_mapper import NUM_LEVELS
 from openpulid.methods.pulid.encoders import IDEncoder, IDFormer
 from openpulid.methods.pulid.masks import Person, encode_people
 
+UNRECORDED_MODELS = ("glintr100", "recognition-encoder")
+"""The face recognition models of adapters whose files record none: antelopev2's, with which the
+published adapters were trained, and the miniature's."""
+
 
 @dataclass(frozen=True)
 class AdapterMetadata:
@@ -145,15 +149,17 @@ class PuLIDBase(Adapter, nn.Module):
     def require(self, models: Mapping[str, str]) -> None:
         """Raise OptionError if the face models differ from the ones used in training.
 
-        A published file records none; it was trained with antelopev2.
+        A published file records none; it was trained with antelopev2. The miniature's files record
+        none either, and its features have other widths than published adapters read.
 
         Args:
             models: name -> hash of the models that analyze the reference images.
         """
-        if not self.models and AURAFACE in models:
+        if not self.models and not any(name in models for name in UNRECORDED_MODELS):
             raise OptionError(
-                "this adapter was trained with antelopev2, not with AuraFace, whose embeddings "
-                "differ; leave out --faces, or pass an adapter that was trained with --faces open."
+                "this adapter was trained with antelopev2, whose embeddings differ from those of "
+                f"{' and '.join(sorted(models)) or 'unrecorded face models'}; leave out --faces, "
+                "or pass an adapter that was trained with these face models."
             )
         mismatched = find_mismatched_models(self.models, models) if self.models else []
         if mismatched:

@@ -48,7 +48,8 @@ def build_adapter(
         encoder_config: constructor arguments of the encoder: input widths of the extracted
             features, and sizes that differ from the published ones.
         init_adapter: the adapter that the recipe continues; None starts from random weights.
-        extractor_models: name -> fingerprint of the models that extract identities.
+        extractor_models: name -> fingerprint of the models that extract identities; None does not
+            compare them with those of `init_adapter`.
 
     Raises:
         OptionError: the recipe continues an adapter and none is given, or that adapter has another
@@ -59,7 +60,7 @@ def build_adapter(
     check_init_adapter(recipe, init_adapter)
     state = None
     if init_adapter is not None:
-        state = _load_init_adapter(recipe, init_adapter, model, extractor_models or {})
+        state = _load_init_adapter(recipe, init_adapter, model, extractor_models)
     torch.manual_seed(recipe.seed)
     adapter = create_adapter(recipe, model, encoder_config).to(model.device, torch.float32)
     if state is not None:
@@ -134,11 +135,12 @@ _TOKEN_WIDTH = {"IDEncoder": "context_dim", "IDFormer": "output_dim"}
 
 
 def _load_init_adapter(
-    recipe: Recipe, path: Path, model: BaseModel, extractor_models: Mapping[str, str]
+    recipe: Recipe, path: Path, model: BaseModel, extractor_models: Mapping[str, str] | None
 ) -> dict[str, torch.Tensor]:
     """Load the weights that a recipe continues, and check that they fit."""
     adapter: Any = (PuLIDFlux if recipe.is_flow else PuLID).load(path)
-    adapter.require(extractor_models)
+    if extractor_models is not None:
+        adapter.require(extractor_models)
     encoder = type(adapter.encoder).__name__
     if encoder != recipe.encoder:
         raise OptionError(
