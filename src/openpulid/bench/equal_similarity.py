@@ -63,7 +63,7 @@ class Samples:
         method: its name in the run.
         scale: identity scale.
         is_tuned: whether the method was tuned on each person.
-        values: metric -> (P, K) of the K prompts and seeds of each person; NaN where there is none.
+        values: metric -> (P, K) of the K prompts and seeds of each person; NaN if missing.
     """
 
     method: str
@@ -84,7 +84,7 @@ class Point:
     Attributes:
         method: its name in the run.
         scale: identity scale.
-        means: metric -> (P,) mean over images of each person; NaN where there is none.
+        means: metric -> (P,) mean over images of each person; NaN without images.
     """
 
     method: str
@@ -121,7 +121,7 @@ class Match:
         face_sim: mean over people, equal for both.
         scale: of the reference, between two of its rows.
         differences: metric -> reference minus method.
-        share: of the bootstrap samples of people in which the reference has this similarity too.
+        share: of the bootstrap samples of people in which the reference has this similarity.
     """
 
     method: str

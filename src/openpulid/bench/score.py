@@ -159,8 +159,8 @@ class BaseCache:
 
     def compute(self, images: Tensor) -> BaseFeatures:
         """Return the features of images (B, 3, H, W); the batch is recognized by its pixels."""
-        pixels = images.permute(0, 2, 3, 1).contiguous().numpy()  # as they were decoded
-        key = f"{images.shape} {hashlib.sha256(pixels.data).hexdigest()}"
+        pixels = images.permute(0, 2, 3, 1).numpy()  # as they were decoded
+        key = f"{images.shape} {hashlib.sha256(pixels.tobytes()).hexdigest()}"
         features = self._features.pop(key, None)
         if features is None:
             features = BaseFeatures(self.detect_faces(images), {})

@@ -209,7 +209,7 @@ class FID:
 
 
 class _ComputedFeatures(nn.Module):
-    """Stands for the network that torchmetrics expects, which other metrics have applied."""
+    """Returns features that are computed already, where torchmetrics expects their network."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
