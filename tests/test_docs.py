@@ -248,4 +248,4 @@ def test_truth_of_the_ablation_is_in_its_json_file() -> None:
     page = dict(zip(names, map(float, truth.split("|")[3:-1]), strict=True))
     measurements = json.loads(read("benchmarks/mini-ablation.json"))["measurements"]
     rows = [row for entry in measurements for row in entry["figures"].get("rows", [])]
-    assert any(page.items() <= row.items() for row in rows if row["model"] == "truth")
+    assert any(page.items() <= row.items() for row in rows if row.get("model") == "truth")
