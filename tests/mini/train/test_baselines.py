@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors import safe_open
 from transformers import CLIPVisionModelWithProjection
 
@@ -15,6 +16,7 @@ from openpulid.methods.registry import find_method
 from openpulid.mini.train.baseline_task import BaselineTask
 from openpulid.mini.train.baselines import BASELINES, FEATURES, NAMES, Baseline, draw_uniform
 from openpulid.mini.train.build_context import stamp
+from openpulid.mini.train.loss_models import create_model
 from openpulid.pipelines.factory import check_models, load_pipeline
 from openpulid.pipelines.presets import MINIATURE, mini
 from openpulid.pipelines.selection import with_method
@@ -333,3 +335,16 @@ def test_w_plus_drops_identities_captions_or_both(pipe: Any) -> None:
     ]
     assert all(abs(float(share) - 0.05) < 0.012 for share in shares)
     baseline.method.detach(pipe)
+
+
+def test_plain_attention_on_a_cpu_changes_no_prediction() -> None:
+    pipe = load_pipeline(mini(), torch.device("cpu"))
+    base = SDXLModel(pipe)
+    x_t = torch.randn(2, *base.latent_shape(), generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([200.0, 800.0])
+    text = base.encode_text(["a person", "a person, smiling"])
+    with torch.no_grad():
+        fused = base.predict(x_t, t, text)
+        plain = create_model(recipe("mini_stage1"), pipe).predict(x_t, t, text)
+    assert {type(processor) for processor in pipe.unet.attn_processors.values()} == {AttnProcessor}
+    torch.testing.assert_close(plain, fused, atol=1e-4, rtol=1e-4)

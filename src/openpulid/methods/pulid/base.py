@@ -153,13 +153,14 @@ class PuLIDBase(Adapter, nn.Module):
         none either, and its features have other widths than published adapters read.
 
         Args:
-            models: name -> hash of the models that analyze the reference images.
+            models: name -> hash of the models that analyze the reference images; empty if they are
+                unknown, which is accepted by an adapter that records none.
         """
-        if not self.models and not any(name in models for name in UNRECORDED_MODELS):
+        if models and not self.models and not any(name in models for name in UNRECORDED_MODELS):
             raise OptionError(
                 "this adapter was trained with antelopev2, whose embeddings differ from those of "
-                f"{' and '.join(sorted(models)) or 'unrecorded face models'}; leave out --faces, "
-                "or pass an adapter that was trained with these face models."
+                f"{' and '.join(sorted(models))}; leave out --faces, or pass an adapter that was "
+                "trained with these face models."
             )
         mismatched = find_mismatched_models(self.models, models) if self.models else []
         if mismatched:
