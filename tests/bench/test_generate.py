@@ -216,6 +216,16 @@ def test_failures_are_recorded_and_the_run_continues(tmp_path: Path) -> None:
     assert "no face detected" in load_markdown(run_dir)
 
 
+def test_rows_of_the_same_weights_share_adapter_and_extractor() -> None:
+    presets = select_presets(SUITE, ["pulid", "faceid"], scales=[0.5])
+    studios = load_studios(SUITE, presets, "cpu")
+    pulid, faceid = studios["pulid"], studios["faceid"]
+    for row in (studios["base"], studios["pulid@0.5"]):
+        assert row.adapter is pulid.adapter and row.extractor is pulid.extractor
+    assert studios["faceid@0.5"].adapter is faceid.adapter is not pulid.adapter
+    assert studios["faceid@0.5"].preset.defaults.identity.scale == 0.5
+
+
 def test_failed_preparation_is_not_tried_again(tmp_path: Path) -> None:
     """Neither for another prompt nor at another scale."""
     subjects = [Subject("nobody", Image.new("RGB", (96, 96), "gray")), SUBJECTS[0]]

@@ -177,6 +177,8 @@ def load_studios(
 ) -> dict[str, Studio]:
     """Load the base model once, and a studio for each method on it.
 
+    Rows of the same weights, which differ in scale, share an adapter and an extractor.
+
     Args:
         suite: the suite, whose preset names the base model.
         presets: label -> preset, as `select_presets` returns them.
@@ -196,6 +198,10 @@ def load_studios(
             continue
         if isinstance(preset, TunedPreset):  # each subject has an adapter of its own
             studios[label] = Studio(studio.pipe, studio.adapter, studio.extractor, preset)
+            continue
+        loaded = [other for other in studios.values() if other.preset.models == preset.models]
+        if loaded:  # with another scale
+            studios[label] = Studio(studio.pipe, loaded[0].adapter, loaded[0].extractor, preset)
             continue
         adapter = load_adapter(preset, studio.pipe.device)
         extractor = share_extractor(
