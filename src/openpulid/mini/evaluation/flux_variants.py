@@ -11,8 +11,10 @@ from openpulid.mini.evaluation.variants import shorten
 from openpulid.training.pulid import Recipe, find_recipe
 
 RECIPE = "mini_flux_stage1"
+SETTINGS: Mapping[str, Any] = {"logit_mean": 0.5, "lr": 3e-3}
+"""What the recipe had before this comparison."""
 REFERENCE = "recipe"
-"""The variant without a change."""
+"""The variant without a further change."""
 
 ModelName = Literal["base", "student", "guided"]
 
@@ -37,7 +39,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Variant:
-    """One change of `RECIPE`.
+    """One change of `RECIPE` with `SETTINGS`.
 
     Attributes:
         group: what is changed; the plot has a part for each group.
@@ -109,6 +111,6 @@ def variant_recipe(variant: Variant, steps: int, batch: int, points: int = 6) ->
         batch: images per step.
         points: validations, evenly spaced.
     """
-    recipe = replace(find_recipe(RECIPE), **variant.changes)
+    recipe = replace(find_recipe(RECIPE), **{**SETTINGS, **variant.changes})
     every = max(1, steps // points)
     return replace(shorten(recipe, steps), batch=batch, validate_every=every)

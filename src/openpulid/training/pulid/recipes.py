@@ -115,7 +115,8 @@ def on_mini_flux(recipe: Recipe) -> Recipe:
     - It has 2 double and 6 single blocks, and identity attention follows each of them: at FLUX's
       intervals there would be three places.
     - Stage 1 has the density t ** 1 of timesteps on SDXL. Here a mean of the logit above zero draws
-      more high noise, in which the shape of a face is decided.
+      more high noise, in which the shape of a face is decided. A mean of .5, and SDXL's rate, learn
+      less than half as much in 300 steps (benchmarks/flux-training.md).
     - The alignment has a quarter of SDXL's weights, with which stage 3 lost half of the identity
       that stage 2 had learned (benchmarks/mini-build.md).
     """
@@ -131,8 +132,9 @@ def on_mini_flux(recipe: Recipe) -> Recipe:
         attention_head_dim=32,
         double_interval=1,
         single_interval=1,
-        logit_mean=0.5 * recipe.timestep_bias,
+        logit_mean=recipe.timestep_bias,
         timestep_bias=0.0,
+        lr=1e-3,
         semantic_weight=0.25 * recipe.semantic_weight,
         layout_weight=0.25 * recipe.layout_weight,
         text_tokens=32,
