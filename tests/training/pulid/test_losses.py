@@ -8,7 +8,12 @@ import pytest
 import torch
 
 from openpulid.errors import OptionError
-from openpulid.training.pulid.losses import IDLoss, LayoutAlignment, SemanticAlignment
+from openpulid.training.pulid.losses import (
+    IDLoss,
+    LayoutAlignment,
+    OutsideLoss,
+    SemanticAlignment,
+)
 from openpulid.training.pulid.models import AttentionQK
 
 
@@ -48,6 +53,21 @@ def test_semantic_alignment_matches_the_formula():
     wide = attended([[0.0] * 4, [math.log(3) / 2] * 4], [[1.0] * 4])
     still = attended([[0.0] * 4, [0.0] * 4], [[1.0] * 4])
     assert SemanticAlignment()([wide], [still]).item() == pytest.approx(0.75 * math.log(3) / 2)
+
+
+def test_outside_loss_is_the_mean_difference_outside_the_faces():
+    target = torch.zeros(2, 3, 2, 2, requires_grad=True)
+    images = torch.zeros(2, 3, 2, 2)
+    images[0, :, 0, 0] = -0.5
+    images[0, 1, 1, 1] = 0.6
+    images[1] = 1.0
+    images.requires_grad_()
+    faces = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]], [[[1.0, 1.0], [1.0, 1.0]]]])
+    # of the first image three pixels are outside, of the second none
+    loss = OutsideLoss()(images, target, faces)
+    assert loss.item() == pytest.approx(0.5 * (0.6 / 3) / 3)
+    loss.backward()
+    assert images.grad.nonzero().tolist() == [[0, 1, 1, 1]] and target.grad is None
 
 
 @pytest.mark.parametrize("loss", [SemanticAlignment(), LayoutAlignment()])

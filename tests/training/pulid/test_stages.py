@@ -145,6 +145,46 @@ def test_one_rollout_serves_both_losses_if_their_prompts_are_the_captions():
             assert torch.allclose(found["one"][name], grad, rtol=1e-3, atol=1e-6), name
 
 
+OUTSIDE = {**STAGE3, "base": "mini", "id_prompt": None, "align_prompts": (), "outside_weight": 2.0}
+
+
+def outside_task(weight: float) -> PuLIDTask:
+    """A stage 3 with faces in the upper half of the images."""
+    task = tiny.task(**{**OUTSIDE, "outside_weight": weight})
+    assert task.face_embedder is not None
+    detect = task.face_embedder.detect
+
+    def detect_above(images):
+        faces = detect(images)
+        for face in faces:
+            face.mask[:, images.shape[-2] // 2 :] = 0
+        return faces
+
+    task.face_embedder.detect = detect_above
+    return task
+
+
+def test_outside_loss_is_zero_without_effect_and_reaches_the_adapter_alone():
+    """It compares images of the same noise, so an identity without effect changes nothing."""
+    task = outside_task(2.0)
+    single = compute_losses(task)["outside"]
+    assert single > 1e-4
+    assert compute_losses(outside_task(4.0))["outside"] == pytest.approx(2 * single)
+    found = gradients(task, ["outside"])
+    assert any(grad is not None and grad.abs().sum() > 0 for grad in found.values())
+    for layer in task.adapter.id_adapter_attn_layers.values():
+        torch.nn.init.zeros_(layer.id_to_v.weight)
+    assert compute_losses(task)["outside"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    "change", [{"base": "sdxl"}, {"id_prompt": "portrait"}, {"id_loss": "none"}]
+)
+def test_outside_loss_needs_masks_and_the_images_of_the_id_loss(change):
+    with pytest.raises(OptionError, match="miniature's stage 3 only"):
+        tiny.recipe(**{**OUTSIDE, **change})
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from openpulid.training.pulid.recipe import Recipe
+
 HELD_OUT_BATCHES = 4
 HELD_OUT_SEED = 0
 """Recipes of any seed are validated with the same images and noise."""
@@ -24,6 +26,19 @@ class HeldOutLosses(NamedTuple):
 
     per_image: dict[str, Tensor]
     people: Tensor
+
+
+def count_parts(recipe: Recipe, world_size: int) -> int:
+    """Return in how many parts a held-out batch is processed.
+
+    One process validates alone and has memory for its share of a step. Each part has at least two
+    people, so that identities can be swapped.
+    """
+    for parts in range(recipe.accumulate * world_size, 1, -1):
+        divides = recipe.batch % parts == 0 and recipe.few_step_batch % parts == 0
+        if divides and recipe.batch // parts > 1:
+            return parts
+    return 1
 
 
 def summarize_held_out(losses: HeldOutLosses) -> dict[str, float]:

@@ -128,6 +128,28 @@ class LayoutAlignment(nn.Module):
         return _mean_over_layers(attention, target, lambda layer: layer.query.float())
 
 
+class OutsideLoss(nn.Module):
+    """Mean absolute difference with and without the identity, outside the faces of both images.
+
+    Not in the paper, whose alignment compares attention alone: a texture that an identity adds to
+    the whole image, such as a faint grid, hardly changes it. The benchmark measures the same as
+    `bench.metrics.OutsideFace`.
+    """
+
+    def forward(self, images: Tensor, target: Tensor, faces: Tensor) -> Tensor:
+        """Compute the mean over the batch, a scalar; the target carries no gradient.
+
+        Args:
+            images: (B, 3, H, W) with the identities.
+            target: (B, 3, H, W) without, from the same prompts and noise.
+            faces: (B, 1, H, W), one on the pixels of either face.
+        """
+        difference = (images.float() - target.detach().float()).abs().mean(1, keepdim=True)
+        outside = 1 - faces.float()
+        covered = outside.sum((1, 2, 3)).clamp(min=1)
+        return ((difference * outside).sum((1, 2, 3)) / covered).mean()
+
+
 def semantic_response(layer: AttentionQK) -> Tensor:
     """Compute softmax(K Q^T / sqrt d) Q, (B, heads, T, d) in float32."""
     query = layer.query.float()

@@ -35,6 +35,7 @@ LIMITS = {
     "id_weight": Limit(low=1e-6),
     "semantic_weight": Limit(),
     "layout_weight": Limit(),
+    "outside_weight": Limit(),
     "few_step_batch": INDEX,
     "rollout_steps": COUNT,
     "grad_steps": COUNT,
@@ -99,6 +100,7 @@ class Recipe:
     id_ensemble: bool = False  # miniature: also the identity encoder's recognition model: choice
     semantic_weight: float = 0.0  # of L_sem, lambda_align-sem
     layout_weight: float = 0.0  # of L_layout, lambda_align-layout
+    outside_weight: float = 0.0  # miniature: of `OutsideLoss`, which the paper does not have
     id_prompt: str | None = ID_PROMPT  # None: the caption of each image
     align_prompts: tuple[str, ...] = ALIGN_PROMPTS  # empty: the caption of each image
     few_step_batch: int = 0  # images of the ID loss and of the alignment, over all processes
@@ -143,6 +145,11 @@ class Recipe:
             raise OptionError(
                 "id_ensemble is available for the miniature only: gradients do not pass through "
                 "the recognition model that reads photos."
+            )
+        if self.outside_weight and not (self.is_miniature and self.shares_rollout):
+            raise OptionError(
+                "outside_weight is available for the miniature's stage 3 only: it needs masks of "
+                "the faces, and the same images for the ID loss and the alignment."
             )
         if self.is_flow:
             self._check_flow()

@@ -44,12 +44,14 @@ from openpulid.training.pulid.held_out import (
     HELD_OUT_BATCHES,
     HELD_OUT_SEED,
     HeldOutLosses,
+    count_parts,
     summarize_held_out,
 )
 from openpulid.training.pulid.losses import (
     DiffusionLoss,
     IDLoss,
     LayoutAlignment,
+    OutsideLoss,
     SemanticAlignment,
 )
 from openpulid.training.pulid.models import BaseModel
@@ -142,6 +144,7 @@ class PuLIDTask:
         self.id_loss = IDLoss()
         self.semantic_loss = SemanticAlignment()
         self.layout_loss = LayoutAlignment()
+        self.outside_loss = OutsideLoss()
         for pipe in {id(m.pipe): m.pipe for m in (base, *self.few_step_models)}.values():
             adapter.attach(pipe)
 
@@ -221,7 +224,7 @@ class PuLIDTask:
         """
         losses: dict[str, list[Tensor]] = defaultdict(list)
         people: list[Tensor] = []
-        parts = self._validation_parts()
+        parts = count_parts(self.recipe, DistributedContext(self.base.device).world_size)
         for step, part in product(range(num_batches), range(parts)):
             batch = data.batch(StepRNG(HELD_OUT_SEED, step, part, parts)).to(self.base.device)
             all_rows = torch.ones(len(batch.latents), dtype=torch.bool)
@@ -267,8 +270,9 @@ class PuLIDTask:
                 latents = self.base.schedule.predict_x0(
                     step.output[rows], step.x_t[rows], step.t[rows]
                 )
-                losses["id"], metrics["faces"] = self._id_loss(
-                    self.base, latents, batch.subset(len(rows)), ~dropped[rows], self._views(rng)
+                images = self._decode(self.base, latents)
+                losses["id"], metrics["faces"], _ = self._id_loss(
+                    images, batch.subset(len(rows)), self._views(rng), ~dropped[rows]
                 )
             backward(losses, metrics)
 
@@ -276,8 +280,8 @@ class PuLIDTask:
         self, rng: StepRNG, model: BaseModel, batch: Batch, backward: Backward
     ) -> None:
         with self._use_identities(model, batch, self.rollout.is_guided):
-            rollout = self._generate(rng, model, batch)
-            loss, face_fraction = self._rollout_id_loss(rng, model, rollout, batch)
+            images = self._decode(model, self._generate(rng, model, batch).latents)
+            loss, face_fraction, _ = self._id_loss(images, batch, self._views(rng))
             backward({"id": loss}, {"faces": face_fraction})
 
     def _backward_alignment(
@@ -285,18 +289,23 @@ class PuLIDTask:
     ) -> None:
         capture = self._attention_capture(rng, model, batch)
         with torch.no_grad():
-            target = capture().layers
+            target = capture()
         with self._use_identities(model, batch):
             rollout = capture()
-            semantic = self.semantic_loss(rollout.layers, target)
-            layout = self.layout_loss(rollout.layers, target)
+            semantic = self.semantic_loss(rollout.layers, target.layers)
+            layout = self.layout_loss(rollout.layers, target.layers)
             losses = {
                 "semantic": self.recipe.semantic_weight * semantic,
                 "layout": self.recipe.layout_weight * layout,
             }
             metrics = {}
             if self.recipe.shares_rollout:
-                losses["id"], metrics["faces"] = self._rollout_id_loss(rng, model, rollout, batch)
+                images = self._decode(model, rollout.latents)
+                losses["id"], metrics["faces"], masks = self._id_loss(
+                    images, batch, self._views(rng)
+                )
+                if self.recipe.outside_weight:
+                    losses["outside"] = self._outside_loss(model, images, masks, target.latents)
             elif self.is_sharded:
                 # a block is gathered for the backward pass when a gradient reaches its output
                 losses["layout"] = losses["layout"] + 0 * rollout.latents.sum()
@@ -329,13 +338,6 @@ class PuLIDTask:
             return None
         return rng.generator(f"id.views.{rng.rank}")
 
-    def _rollout_id_loss(
-        self, rng: StepRNG, model: BaseModel, rollout: Rollout, batch: Batch
-    ) -> tuple[Tensor, Tensor]:
-        """Compute the ID loss of generated images; also return the fraction with a face."""
-        everyone = torch.ones(len(rollout.latents), dtype=torch.bool)
-        return self._id_loss(model, rollout.latents, batch, everyone, self._views(rng))
-
     def _generate(self, rng: StepRNG, model: BaseModel, batch: Batch) -> Rollout:
         """Generate one image per sample, with gradient."""
         noise = self._noise(rng, model, batch)
@@ -343,36 +345,50 @@ class PuLIDTask:
         text = self._encode_text(model, prompts, self.rollout.is_guided)
         return lightning_branch(model, noise, text, self.rollout)
 
+    def _decode(self, model: BaseModel, latents: Tensor) -> Tensor:
+        """Decode latents with gradient; its activations are recomputed if the recipe says so."""
+        if self.recipe.gradient_checkpointing:
+            images: Tensor = checkpoint(model.decode, latents, use_reentrant=False)
+            return images
+        return model.decode(latents)
+
     def _id_loss(
         self,
-        model: BaseModel,
-        latents: Tensor,
+        images: Tensor,
         batch: Batch,
-        has_identity: Tensor,
         views: Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Compute the weighted ID loss of latents.
+        has_identity: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute the weighted ID loss of generated images.
 
         Args:
-            model: decodes the latents.
-            latents: (B, c, h, w).
+            images: (B, 3, H, W).
             batch: whose images are the references.
-            has_identity: (B,) bool, the samples that count.
             views: of random views of the generated faces.
+            has_identity: (B,) bool, the samples that count; all by default.
 
         Returns:
-            The loss, and the fraction of samples that count and show a face.
+            The loss, the fraction of samples that count and show a face, and masks of the faces.
         """
         target = self._embed_images(batch)
-        if self.recipe.gradient_checkpointing:
-            images = checkpoint(model.decode, latents, use_reentrant=False)
-        else:
-            images = model.decode(latents)
         assert self.face_embedder is not None
         faces = self.face_embedder(images, views)
-        has_face = target.has_face & faces.has_face & has_identity.to(faces.has_face.device)
+        has_face = target.has_face & faces.has_face
+        if has_identity is not None:
+            has_face = has_face & has_identity.to(has_face.device)
         loss = self.id_loss(target.embeddings, faces.embeddings, has_face)
-        return self.recipe.id_weight * loss, has_face.float().mean()
+        return self.recipe.id_weight * loss, has_face.float().mean(), faces.masks
+
+    def _outside_loss(
+        self, model: BaseModel, images: Tensor, masks: Tensor, target_latents: Tensor
+    ) -> Tensor:
+        """Compute the weighted loss outside the faces, of images and latents without identity."""
+        assert self.face_embedder is not None
+        with torch.no_grad():
+            target = model.decode(target_latents)
+            target_masks = self.face_embedder(target).masks
+        faces = torch.maximum(masks, target_masks)
+        return self.recipe.outside_weight * self.outside_loss(images, target, faces)
 
     @torch.no_grad()
     def _embed_images(self, batch: Batch) -> FaceEmbeddings:
@@ -451,7 +467,7 @@ class PuLIDTask:
         assert self.face_embedder is not None
         model = self.few_step_models[0]
         scorer = self.validation.scorer
-        parts = self._validation_parts()
+        parts = count_parts(self.recipe, DistributedContext(self.base.device).world_size)
         columns: dict[str, list[Tensor]] = defaultdict(list)
         for rng in microbatch_rngs(HELD_OUT_SEED, 0, 0, 1, parts):
             batch = data.batch(rng).subset(self.recipe.few_step_batch // parts)
@@ -475,21 +491,6 @@ class PuLIDTask:
             if len(joined := torch.cat(values)):
                 metrics[f"held_out_{name}"] = joined.mean().item()
         return metrics
-
-    def _validation_parts(self) -> int:
-        """Return in how many parts a held-out batch is processed.
-
-        One process validates alone and has memory for its share of a step. Each part has at least
-        two people, so that identities can be swapped.
-        """
-        batch = self.recipe.batch
-        few_step_batch = self.recipe.few_step_batch
-        most = self.recipe.accumulate * DistributedContext(self.base.device).world_size
-        for parts in range(most, 1, -1):
-            divides = batch % parts == 0 and few_step_batch % parts == 0
-            if divides and batch // parts > 1:
-                return parts
-        return 1
 
 
 def _cosines(faces: FaceEmbeddings, target: FaceEmbeddings) -> Tensor:
