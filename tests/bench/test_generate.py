@@ -22,7 +22,16 @@ from openpulid.bench.equal_similarity import group_curves
 from openpulid.bench.generate import Worker, generate_run, local_executor
 from openpulid.bench.methods import MethodSpec, check_weights, load_studios, select_presets
 from openpulid.bench.metrics import FID, Faces, MetricInputs
-from openpulid.bench.run_dir import BASE, Job, Record, RunDir, SampleKey, Subject, iterate_jobs
+from openpulid.bench.run_dir import (
+    BASE,
+    Job,
+    Record,
+    Run,
+    RunDir,
+    SampleKey,
+    Subject,
+    iterate_jobs,
+)
 from openpulid.bench.score import load_images, load_references, needs_scoring, score_run
 from openpulid.bench.suite import load_suite
 from openpulid.bench.table import ALL_COSTS, ATTRIBUTES_TITLE, COSTS, ResultTable, Row
@@ -98,6 +107,21 @@ def test_every_image_has_a_complete_record(finished: RunDir) -> None:
 def test_methods_are_interleaved() -> None:
     order = [job.keys[0].method for job in iterate_jobs(SUITE, METHODS, ["a", "b"])]
     assert order == METHODS * 4
+
+
+@pytest.mark.parametrize(
+    ("shares_seeds", "expected"),
+    [(True, [[3, 5], [3, 5], [3, 5]]), (False, [[3, 5], [6, 8], [9, 11]])],
+)
+def test_subjects_have_the_same_seeds_or_the_next_ones(
+    shares_seeds: bool, expected: list[list[int]]
+) -> None:
+    suite = replace(SUITE, prompts=SUITE.prompts[:1], seeds=[3, 5], shares_seeds=shares_seeds)
+    jobs = list(iterate_jobs(suite, [BASE], ["a", "b", "c"]))
+    assert [[key.seed for key in job.keys] for job in jobs] == expected
+    run = Run(Path(), suite, ["a", "b", "c"], [BASE], {}, {}, {})
+    assert run.keys(BASE) == [key for job in jobs for key in job.keys]
+    assert [run.seeds(person) for person in run.people] == expected
 
 
 def test_methods_come_before_their_extra_scales() -> None:

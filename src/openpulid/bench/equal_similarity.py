@@ -290,7 +290,7 @@ def read_samples(run: Run, method: str) -> Samples:
         is_tuned = "recipe" in record.configuration
         row = run.people.index(key.person)
         column = suite.prompts_of(key.person).index(key.prompt) * len(suite.seeds)
-        column += suite.seeds.index(key.seed)
+        column += run.seeds(key.person).index(key.seed)
         for name in names:
             value = record.metrics.get(name)
             is_scored = suite.is_scored(key.prompt, identity=name in IDENTITY_METRICS)

@@ -78,7 +78,7 @@ def draw_faces(run: Run, side: int = 176) -> Image.Image:
         prompt = prompts[index % len(prompts)]
         images: list[Image.Image] = [open_image(run.portrait(person))]
         for method in methods:
-            path = run.images.get(SampleKey(method, person, prompt, suite.seeds[0]))
+            path = run.images.get(SampleKey(method, person, prompt, run.seeds(person)[0]))
             images.append(open_image(path) if path else Image.new("RGB", (8, 8), "gray"))
         rows.append((suite.prompts[prompt].text, [_crop_square(image) for image in images]))
     title = f"{suite.name}: one subject per row"
@@ -149,7 +149,7 @@ def _format_person(run: Run, person: str) -> str:
     for index in run.suite.prompts_of(person):
         cells = [f'<td class="prompt">{html.escape(run.suite.prompts[index].text)}</td>']
         for method in methods:
-            key = SampleKey(method, person, index, run.suite.seeds[0])
+            key = SampleKey(method, person, index, run.seeds(person)[0])
             cells.append(_format_image(run, key))
         rows.append(f"<tr>{''.join(cells)}</tr>")
     portrait = _embed(open_image(run.portrait(person)), None)

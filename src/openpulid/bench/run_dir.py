@@ -200,8 +200,12 @@ class Run:
             SampleKey(method, person, prompt, seed)
             for person in self.people
             for prompt in self.suite.prompts_of(person)
-            for seed in self.suite.seeds
+            for seed in self.seeds(person)
         ]
+
+    def seeds(self, person: str) -> list[int]:
+        """Return the seeds of a subject."""
+        return self.suite.seeds_of(self.people.index(person))
 
     def is_comparable(self, key: SampleKey) -> bool:
         """Return whether an image and the base's image of the same prompt and seed exist."""
@@ -403,10 +407,11 @@ def iterate_jobs(suite: Suite, methods: Sequence[str], people: Sequence[str]) ->
     file that another one tunes.
     """
     methods = sorted(methods, key=lambda method: "@" in method)
-    for person in people:
+    for index, person in enumerate(people):
+        seeds = suite.seeds_of(index)
         for prompt in suite.prompts_of(person):
             for method in methods:
-                yield Job(tuple(SampleKey(method, person, prompt, seed) for seed in suite.seeds))
+                yield Job(tuple(SampleKey(method, person, prompt, seed) for seed in seeds))
 
 
 def _portrait_path(directory: Path, name: str) -> Path:

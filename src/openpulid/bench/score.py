@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 MAX_SIDE = 1024
 """Reference images are scaled down to this many pixels for the metrics."""
 
+CACHED_PIXELS = 64 << 20
+"""The base's images whose features are kept have together this many pixels: 256 MB of masks."""
+
 
 class Scorers(Protocol):
     """The metric models of a benchmark; no method uses their face recognition model."""
@@ -146,8 +149,7 @@ class BaseFeatures:
 class BaseCache:
     """Keeps what the metric models compute from the last batches of the base's images.
 
-    The base generates the same images of the prompts for every subject, so all subjects and methods
-    share them.
+    All methods share them, and all subjects with the same seeds.
 
     Args:
         detect_faces: the face detector and face recognition model.
@@ -165,7 +167,8 @@ class BaseCache:
         if features is None:
             features = BaseFeatures(self.detect_faces(images), {})
         # a suite has one batch per subject, or two: for metrics of identity and the other metrics
-        self._features = dict([*list(self._features.items())[-1:], (key, features)])
+        limit = max(2, CACHED_PIXELS // images[:, 0].numel())
+        self._features = dict([*self._features.items(), (key, features)][-limit:])
         return features
 
 

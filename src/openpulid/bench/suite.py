@@ -67,6 +67,9 @@ class Suite:
             prompts are used for all other metrics. Empty: every prompt is used for everything.
         case_list: name of a list in MultiID-Bench's format, in the folder of the people. Each of
             its cases has a subject, a second image and a prompt.
+        shares_seeds: whether all subjects have the same seeds, as in the paper. Otherwise those of
+            each subject follow those of the one before, so that there are as many images of the
+            base as of a method.
         recognition: face recognition model that scores photos: CurricularFace, as in the paper, or
             SFace, whose license allows commercial use.
         published: source -> method -> metric -> value, shown next to the measured values.
@@ -84,6 +87,7 @@ class Suite:
     options: Mapping[str, Any] = field(default_factory=dict)
     identity_prompts: Sequence[Count] = ()
     case_list: str = ""
+    shares_seeds: bool = True
     recognition: Recognition = "curricularface"
     published: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
@@ -168,6 +172,11 @@ class Suite:
     def prompts_of(self, person: str) -> list[int]:
         """Return the indices of the prompts that are generated for a subject."""
         return [index for index, prompt in enumerate(self.prompts) if prompt.person in ("", person)]
+
+    def seeds_of(self, index: int) -> list[int]:
+        """Return the seeds of a subject, which is the `index`-th of the run."""
+        step = 0 if self.shares_seeds else max(self.seeds) - min(self.seeds) + 1
+        return [seed + index * step for seed in self.seeds]
 
     def is_scored(self, prompt: int, *, identity: bool) -> bool:
         """Return whether a prompt counts for the metrics of identity, or for the others."""

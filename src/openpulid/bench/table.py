@@ -340,9 +340,11 @@ class ResultTable:
     def summary(self) -> str:
         """Describe in one paragraph what was measured, and where."""
         suite = self.run.suite
+        counts = {"prompt": len(suite.prompts), "seed": len(suite.seeds)}
+        scenes = ", ".join(f"{n} {name}{'s' if n != 1 else ''}" for name, n in counts.items())
         text = (
-            f"{suite.about} {len(self.run.people)} people, {len(suite.prompts)} prompts, "
-            f"{len(suite.seeds)} seeds, preset {suite.preset}; 95% intervals over people."
+            f"{suite.about} {len(self.run.people)} people, {scenes} each, preset {suite.preset}; "
+            "95% intervals over people."
         )
         if base := self._first_base_record():
             versions = ", ".join(f"{name} {number}" for name, number in base.versions.items())
