@@ -124,6 +124,24 @@ def test_subjects_have_the_same_seeds_or_the_next_ones(
     assert [run.seeds(person) for person in run.people] == expected
 
 
+def test_batches_equal_single_images(finished: RunDir, tmp_path: Path) -> None:
+    """A batch has several prompts of one person and method, and gives equal images."""
+    suite = replace(SUITE, batch_size=3)
+    jobs = list(iterate_jobs(suite, METHODS, ["a"]))
+    assert [len(job.keys) for job in jobs] == [3, 3, 1, 1]
+    assert [job.keys[0].method for job in jobs] == METHODS * 2
+    run_dir = RunDir(tmp_path)
+    worker = Worker(suite, load_studios(suite, PRESETS, "cpu"), SUBJECTS[:1], run_dir)
+    for job in iterate_jobs(suite, METHODS, [SUBJECTS[0].name]):
+        worker.generate(job)
+        images = [load_images([folder.image_path(key) for key in job.keys]) for folder in (
+            run_dir, finished,
+        )]  # fmt: skip
+        assert (images[0] - images[1]).abs().max() <= 1.01 / 255
+        records = [read_record(run_dir, key) for key in job.keys]
+        assert all(record.is_done and record.seconds for record in records)
+
+
 def test_methods_come_before_their_extra_scales() -> None:
     methods = [BASE, "lora", "lora@0.3", "lora@0.5", "dreambooth", "dreambooth@0.3"]
     order = [job.keys[0].method for job in iterate_jobs(SUITE, methods, ["a"])]

@@ -209,6 +209,20 @@ def test_keys_of_requests_that_cannot_share_a_batch(sdxl: Studio, show: Any) -> 
     assert len(set(keys)) == len(changes) and None not in keys
 
 
+def test_one_identity_for_a_batch_equals_single_runs(sdxl: Studio, show: Any) -> None:
+    rows = [("portrait", 1), ("film noir", 9)]
+    requests = [GenerationRequest(prompt, seed=seed) for prompt, seed in rows]
+    together = sdxl.generate_batch(requests, anna)
+    for one, (prompt, seed) in zip(together, rows, strict=True):
+        alone = sdxl.generate(prompt, anna, seed=seed)
+        assert np.abs(pixels(one.images[0]) - pixels(alone.images[0])).max() <= 1
+        assert one.requests == alone.requests and one.fingerprints == alone.fingerprints
+        base = sdxl.generate(prompt, seed=seed)
+        assert np.abs(pixels(one.images[0]) - pixels(base.images[0])).max() > 3
+    with pytest.raises(OptionError, match="pass an identity or people, not both"):
+        sdxl.generate_batch([GenerationRequest("portrait", people=[show("ben")])], anna)
+
+
 def test_requests_that_are_generated_alone(sdxl: Studio, show: Any, files: Path) -> None:
     request = GenerationRequest("portrait", people=[show("anna")])
     init_image = InitImage(image=files / "red.png")

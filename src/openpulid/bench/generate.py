@@ -19,6 +19,7 @@ from openpulid.errors import PulidError, explain_out_of_memory
 from openpulid.identity.identity import Identity
 from openpulid.pipelines.factory import load_adapter
 from openpulid.pipelines.presets import Preset
+from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.studio import Studio
 
 LIBRARIES = ("torch", "diffusers", "transformers")
@@ -105,11 +106,7 @@ class Worker:
 
         reset_peak_memory(device)
         start = time.perf_counter()
-        prompt = self.suite.prompts[first.prompt].text
-        images = []
-        for key in job.keys:
-            result = studio.generate(prompt, prepared.identity, seed=key.seed, **self.suite.options)
-            images.append(result.images[0])
+        images = self._run(prepared, job.keys)
         synchronize(device)
         seconds = (time.perf_counter() - start) / len(job.keys)
         costs = {
@@ -119,6 +116,22 @@ class Worker:
             "memory": peak_memory(device),
         }
         return images, costs
+
+    def _run(self, prepared: PreparedSubject, keys: Sequence[SampleKey]) -> list[Image.Image]:
+        """Generate images one after the other, or at once if the suite has batches."""
+        studio, identity, options = prepared.studio, prepared.identity, self.suite.options
+        rows = [(self.suite.prompts[key.prompt].text, key.seed) for key in keys]
+        if self.suite.batch_size == 1:
+            results = [
+                studio.generate(prompt, identity, seed=seed, **options) for prompt, seed in rows
+            ]
+        else:
+            requests = [
+                GenerationRequest.from_options(prompt=prompt, seed=seed, **options)
+                for prompt, seed in rows
+            ]
+            results = studio.generate_batch(requests, identity)
+        return [result.images[0] for result in results]
 
     def _prepare(self, key: SampleKey) -> PreparedSubject:
         """Prepare a method for a subject; the last subject of each method is kept.

@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -92,7 +93,7 @@ class SampleKey:
 
 @dataclass(frozen=True)
 class Job:
-    """All seeds of one method, subject and prompt.
+    """Images of one method and subject: all seeds of a prompt, or a batch of the suite's size.
 
     They are generated together, so that an image does not depend on how jobs are distributed.
     """
@@ -111,7 +112,7 @@ class Record:
         hardware: name of the device.
         versions: library -> version.
         start: identifies the start of the command; times of different starts are not compared.
-        seconds: generation time of one image, mean over the seeds of its job.
+        seconds: generation time of one image, mean over its job.
         identify_seconds: time to extract the identity, or to tune the method on the subject.
         identity_bytes: size of the identity, or of the tuned file.
         memory: peak GiB with all methods of the run loaded; None if unknown.
@@ -408,10 +409,12 @@ def iterate_jobs(suite: Suite, methods: Sequence[str], people: Sequence[str]) ->
     """
     methods = sorted(methods, key=lambda method: "@" in method)
     for index, person in enumerate(people):
-        seeds = suite.seeds_of(index)
-        for prompt in suite.prompts_of(person):
+        images = list(product(suite.prompts_of(person), suite.seeds_of(index)))
+        size = suite.batch_size if suite.batch_size > 1 else len(suite.seeds)
+        for start in range(0, len(images), size):
+            batch = images[start : start + size]
             for method in methods:
-                yield Job(tuple(SampleKey(method, person, prompt, seed) for seed in seeds))
+                yield Job(tuple(SampleKey(method, person, *image) for image in batch))
 
 
 def _portrait_path(directory: Path, name: str) -> Path:

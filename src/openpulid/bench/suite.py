@@ -23,6 +23,7 @@ SUITES = Path(__file__).parent / "suites"
 MAX_PEOPLE = 10_000
 MAX_PROMPTS = 10_000
 MAX_SEEDS = 1000
+MAX_BATCH = 1000
 
 Recognition = Literal["curricularface", "sface"]
 
@@ -70,6 +71,8 @@ class Suite:
         shares_seeds: whether all subjects have the same seeds, as in the paper. Otherwise those of
             each subject follow those of the one before, so that there are as many images of the
             base as of a method.
+        batch_size: images of a subject that are generated at once, with all their prompts. More
+            may be faster, and needs more memory.
         recognition: face recognition model that scores photos: CurricularFace, as in the paper, or
             SFace, whose license allows commercial use.
         published: source -> method -> metric -> value, shown next to the measured values.
@@ -88,6 +91,7 @@ class Suite:
     identity_prompts: Sequence[Count] = ()
     case_list: str = ""
     shares_seeds: bool = True
+    batch_size: Annotated[int, Field(ge=1, le=MAX_BATCH)] = 1
     recognition: Recognition = "curricularface"
     published: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
 
@@ -161,6 +165,7 @@ class Suite:
             about=f"The prompts of the suite {self.name} with photos.",
             num_people=0,
             first_person=0,
+            batch_size=1,
             prompts=[replace(prompt, attributes={}) for prompt in self.prompts],
         )
 

@@ -210,6 +210,7 @@ class Studio:
     def generate_batch(
         self,
         requests: Sequence[GenerationRequest],
+        identity: Identity | None = None,
         *,
         inputs: Sequence[RequestInputs] | None = None,
         callback: Callback | None = None,
@@ -221,6 +222,7 @@ class Studio:
 
         Args:
             requests: requests of one image each.
+            identity: shown in every image, if the requests name no people.
             inputs: the input files of each request, if they are open already.
             callback: see `generate`; if it raises `Stopped`, there are no images.
 
@@ -232,14 +234,27 @@ class Studio:
         """
         if inputs is None:
             inputs = [open_inputs(request, self.preset.models) for request in requests]
+        has_identity = identity is not None
+        if has_identity and any(request.people for request in requests):
+            raise OptionError("pass an identity or people, not both.")
         prepared = [
-            self._prepare(request, files) for request, files in zip(requests, inputs, strict=True)
+            self._prepare(request, files, has_identity)
+            for request, files in zip(requests, inputs, strict=True)
         ]
         check_batch(prepared)
-        people = [self._people(request, files) for request, files in prepared]
-        rows = [request for request, _ in prepared]
-        progress = Progress(callback, self.preset.models, *rows)
         results = [GenerationResult([], [], dict(files.fingerprints)) for _, files in prepared]
+        rows = [request for request, _ in prepared]
+        people: list[People | None]
+        if identity is None:
+            people = [self._people(request, files) for request, files in prepared]
+        else:
+            self._check_people(rows[0], identity)
+            people = [identity] * len(rows)
+            rows = [
+                result.describe_people(row, identity)
+                for result, row in zip(results, rows, strict=True)
+            ]
+        progress = Progress(callback, self.preset.models, *rows)
         with self._lock, suppress(Stopped):
             images = self._runner.run_together(rows, people, progress)
             for result, request, image in zip(results, rows, images, strict=True):
