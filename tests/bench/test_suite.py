@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from openpulid.bench.suite import load_suite
 from openpulid.errors import OptionError
+from openpulid.pipelines.request import GenerationOptions
 from openpulid.world import ATTRIBUTES, VOCABULARY
+
+GUIDE = Path(__file__).parents[2] / "docs/benchmark.md"
+
+
+def test_example_and_options_of_the_guide_are_accepted(tmp_path: Path) -> None:
+    text = GUIDE.read_text()
+    example = re.search(r'^ {4}(\{"about".*?\}\]\})$', text, re.MULTILINE | re.DOTALL)
+    assert example is not None
+    path = tmp_path / "mine.json"
+    path.write_text(example[1])
+    assert load_suite(str(path)).options == {"num_inference_steps": 20}
+    row = re.search(r"^\| `options` \| (.*) \|$", text, re.MULTILINE)
+    assert row is not None
+    names = re.findall(r"`(\w+)`", row[1])
+    values = {"width": 64, "height": 64, "negative_prompt": "red", "true_cfg_scale": 1}
+    options = {name: values.get(name, 1) for name in names}
+    GenerationOptions.from_options(**options)
+    assert {"guidance_scale", "start", "timestep_to_start_cfg"} <= set(names)
 
 
 def test_paper_suite_has_published_prompts_and_values() -> None:
