@@ -22,7 +22,10 @@ def test_presets_have_methods_sizes_and_licenses(client: httpx.Client) -> None:
         license = {"weights": "miniature", "license": "Apache-2.0", "commercial": True}
         assert model["licenses"] == [license]
         methods = {method["name"]: method for method in model["methods"]}
-        assert list(methods) == ["pulid", "face0", "faceid", "instantid", "photomaker"]
+        assert list(methods) == [
+            "pulid", "elite", "face0", "faceid", "fastcomposer", "instantid", "photomaker",
+            "photoverse", "w-plus",
+        ]  # fmt: skip
         for name, method in methods.items():
             changed = with_method(preset, name)
             assert method["options"] == sorted(changed.options)
