@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,8 @@ def test_suite_of_the_miniature_keeps_only_its_prompts_on_other_presets() -> Non
     assert [prompt.text for prompt in suite.prompts] == [prompt.text for prompt in SUITE.prompts]
     assert not any(prompt.attributes for prompt in suite.prompts)
     assert suite.seeds == SUITE.seeds
+    # the batches of the miniature would not fit into the memory of a GPU at full size
+    assert replace(SUITE, batch_size=12).with_preset("sdxl").batch_size == 1
     few_steps = SUITE.with_preset("mini-lightning")
     assert few_steps.num_people == SUITE.num_people and few_steps.prompts == SUITE.prompts
     assert SUITE.with_preset("mini") == SUITE

@@ -179,9 +179,9 @@ class Suite:
         return [index for index, prompt in enumerate(self.prompts) if prompt.person in ("", person)]
 
     def seeds_of(self, index: int) -> list[int]:
-        """Return the seeds of a subject, which is the `index`-th of the run."""
+        """Return the seeds of the subject with this index in the run."""
         step = 0 if self.shares_seeds else max(self.seeds) - min(self.seeds) + 1
-        return [seed + index * step for seed in self.seeds]
+        return [(seed + index * step) % 2**64 for seed in self.seeds]
 
     def is_scored(self, prompt: int, *, identity: bool) -> bool:
         """Return whether a prompt counts for the metrics of identity, or for the others."""

@@ -132,8 +132,8 @@ class OutsideLoss(nn.Module):
     """Mean absolute difference with and without the identity, outside the faces of both images.
 
     Not in the paper, whose alignment compares attention alone: a texture that an identity adds to
-    the whole image, such as a faint grid, hardly changes it. The benchmark measures the same as
-    `bench.metrics.OutsideFace`.
+    the whole image, such as a faint grid, hardly changes it. `bench.metrics.OutsideFace` measures
+    the same, so it is no independent judge of an adapter that was trained with this loss.
     """
 
     def forward(self, images: Tensor, target: Tensor, faces: Tensor) -> Tensor:
