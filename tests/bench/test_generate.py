@@ -141,6 +141,18 @@ def test_batches_equal_single_images(finished: RunDir, tmp_path: Path) -> None:
         assert all(record.is_done and record.seconds for record in records)
 
 
+def test_a_prompt_that_fails_does_not_fail_its_batch(tmp_path: Path) -> None:
+    prompts = (SUITE.prompts[0], replace(SUITE.prompts[1], text="portrait of a unicorn"))
+    suite = replace(SUITE, batch_size=2, prompts=prompts, seeds=(1,))
+    run_dir = RunDir(tmp_path)
+    worker = Worker(suite, load_studios(suite, PRESETS, "cpu"), SUBJECTS[:1], run_dir)
+    (job,) = iterate_jobs(suite, ["pulid"], [SUBJECTS[0].name])
+    worker.generate(job)
+    good, bad = (read_record(run_dir, key) for key in job.keys)
+    assert good.is_done and run_dir.image_path(job.keys[0]).exists()
+    assert bad.status == "failed" and "does not know 'unicorn'" in (bad.error or "")
+
+
 def test_methods_come_before_their_extra_scales() -> None:
     methods = [BASE, "lora", "lora@0.3", "lora@0.5", "dreambooth", "dreambooth@0.3"]
     order = [job.keys[0].method for job in iterate_jobs(SUITE, methods, ["a"])]

@@ -79,7 +79,10 @@ class Worker:
         self._failures: dict[tuple[str, str], Exception] = {}
 
     def generate(self, job: Job) -> None:
-        """Generate the images of a job and write their records; record failures as well."""
+        """Generate the images of a job and write their records; record failures as well.
+
+        If a batch fails, its images are generated one at a time: the others do not fail with one.
+        """
         try:
             with explain_out_of_memory():
                 images, costs = self._generate_images(job)
@@ -87,14 +90,20 @@ class Worker:
             message = str(error)
             if not isinstance(error, PulidError):
                 message = f"{type(error).__name__}: {message}"
-            for key in job.keys:
-                record = Record(key, "failed", error=message, **self._describe(key.method))
-                self.run_dir.write_record(record)
+        else:
+            for key, image in zip(job.keys, images, strict=True):
+                record = Record(key, "done", **costs, **self._describe(key.method))
+                self.run_dir.write_record(record, image)
             return
-        for key, image in zip(job.keys, images, strict=True):
-            self.run_dir.write_record(
-                Record(key, "done", **costs, **self._describe(key.method)), image
-            )
+        # after the except clause: the exception would keep the tensors of the batch alive
+        if len(job.keys) > 1:
+            for key in job.keys:
+                self.generate(Job((key,)))
+            return
+        key = job.keys[0]
+        self.run_dir.write_record(
+            Record(key, "failed", error=message, **self._describe(key.method))
+        )
 
     def _generate_images(self, job: Job) -> tuple[list[Image.Image], dict[str, Any]]:
         """Return the images of a job with their time and memory, as fields of `Record`."""
