@@ -89,13 +89,13 @@ def labeled_grid(
     side: int = 288,
     footer: str = "",
 ) -> Image.Image:
-    """Draw a titled grid with a label above each column and a line of text above each row.
+    """Draw a titled grid with a label above each column and text above each row.
 
     Args:
         title: the heading of the page.
         columns: the labels of the columns; long ones are wrapped.
-        rows: (text, images) pairs; every row has one image per column, or None for a gap. A row
-            without text has no line above it.
+        rows: (text, images) pairs; every row has one image per column, or None for a gap. Long text
+            is wrapped; a row without text has no line above it.
         side: width and height of each image in pixels.
         footer: text below the grid, which is wrapped.
     """
@@ -108,8 +108,10 @@ def labeled_grid(
     top = margin + 2 * line_height - 14
     head = line_height + label_height * (max(map(len, labels), default=1) - 1)
     footer_lines = textwrap.wrap(footer, width // 11)
-    num_texts = sum(bool(text) for text, _ in rows)
-    height = margin + 2 * line_height + head + num_texts * line_height + len(rows) * (side + gap)
+    texts = [textwrap.wrap(text, (width - 2 * margin) // 8) for text, _ in rows]
+    # the last line of a text has the height of a line, those before it that of a label
+    text_heights = [line_height + label_height * (len(text) - 1) if text else 0 for text in texts]
+    height = margin + 2 * line_height + head + sum(text_heights) + len(rows) * (side + gap)
     height += len(footer_lines) * label_height + margin
     page = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(page)
@@ -119,10 +121,12 @@ def labeled_grid(
             position = (margin + x * (side + gap), top + line_number * label_height)
             _draw_text(draw, line, position, 21, SOFT, side)
     y = top + head
-    for text, images in rows:
-        if text:
-            _draw_text(draw, text, (margin, y), 23, INK, width - 2 * margin)
-            y += line_height
+    for lines, text_height, (_, images) in zip(texts, text_heights, rows, strict=True):
+        font_size = 23 if len(lines) == 1 else 17  # equal for all lines
+        for line_number, line in enumerate(lines):
+            position = (margin, y + line_number * label_height)
+            _draw_text(draw, line, position, font_size, INK, width - 2 * margin)
+        y += text_height
         for x, image in enumerate(images):
             if image is not None:
                 page.paste(upscale(image, side), (margin + x * (side + gap), y))
