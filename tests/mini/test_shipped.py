@@ -19,18 +19,22 @@ from openpulid.mini.evaluation import evaluate
 from openpulid.mini.evaluation.image_evaluator import ImageEvaluator
 from openpulid.mini.models import build_flux_pipeline
 from openpulid.mini.train.autoencoder import reconstruct
-from openpulid.mini.train.baselines import NAMES
+from openpulid.mini.train.baselines import FLUX_NAMES, NAMES
 from openpulid.mini.train.build_context import BuildContext
 from openpulid.mini.train.flux_stages import load_teacher
-from openpulid.pipelines.presets import MINIATURE, mini
+from openpulid.pipelines.presets import MINIATURE, find_preset
 from openpulid.pipelines.selection import with_method
 from openpulid.world import HELD_OUT_PEOPLE, Person, Scene, render
 
 PHOTOS = Path(__file__).parents[3] / "shared" / "photos"
 
 
-def method_file(name):
-    return with_method(mini(), name).models.adapter
+BASELINES = [("mini", name) for name in NAMES] + [("mini-flux-4step", name) for name in FLUX_NAMES]
+"""Preset and method."""
+
+
+def method_file(preset, method):
+    return with_method(find_preset(preset), method).models.adapter
 
 
 @pytest.fixture(scope="module")
@@ -53,21 +57,11 @@ def studio():
 
 def test_shipped_weights_are_small_and_documented():
     files = [path for path in MINIATURE.rglob("*") if path.is_file()]
-    baselines = {
-        name: [path for path in files if name in path.relative_to(MINIATURE).parts[0]]
-        for name in NAMES
-    }
-    assert all(
-        sum(path.stat().st_size for path in baseline) < 8e6 for baseline in baselines.values()
-    )
-    assert (
-        sum(
-            path.stat().st_size
-            for path in files
-            if not any(path in baseline for baseline in baselines.values())
-        )
-        < 75e6
-    )
+    assert sum(path.stat().st_size for path in files) < 95e6
+    for preset, method in BASELINES:
+        adapter = method_file(preset, method)
+        parts = [adapter] if adapter.is_file() else adapter.rglob("*.*")
+        assert sum(path.stat().st_size for path in parts) < 8e6, method
     assert max(path.stat().st_size for path in files) < 16e6
     for path in MINIATURE.rglob("*.json"):  # no local path of the machine that built them
         config = json.loads(path.read_text("utf-8"))
@@ -79,10 +73,10 @@ def test_shipped_weights_are_small_and_documented():
             assert {"revision", "seed", "minutes"} <= set(file.metadata()), path
 
 
-@pytest.mark.parametrize("method", [name for name in NAMES if method_file(name).exists()])
-def test_every_baseline_reacts_to_identity(method, studio):
+@pytest.mark.parametrize(("preset", "method"), BASELINES)
+def test_every_baseline_reacts_to_identity(preset, method):
     """The effect exceeds that of half precision, and differs between people."""
-    baseline = pulid.load("mini", device="cpu", method=method)
+    baseline = pulid.load(preset, device="cpu", method=method)
     portraits = to_pil(
         render([Person.from_seed(HELD_OUT_PEOPLE + k) for k in (1, 2)], [Scene(), Scene()]).image
     )

@@ -35,6 +35,7 @@ FACE, SIDE, COUNT = 8, 96, 2
 LATENTS = (18, 8)  # of a face
 STEP = 0  # whose random numbers are drawn
 LEVELS = (5, 37, 96)  # the miniature's vision encoder: levels, tokens, width
+IN_8_BITS = ("elite", "instantid")  # the others are stored in 16 bits
 
 
 class Fixed:
@@ -111,9 +112,12 @@ def test_baseline_trains_and_saves_its_result(name: str, pipe: Any, tmp_path: Pa
     stamp(place, {"revision": "abc", "minutes": 1})
     size = sum(file.stat().st_size for file in ([place] if place.is_file() else place.rglob("*.*")))
     assert size < 8e6, f"{name} takes {size / 1e6:.1f} million bytes"
+    dtypes = set()
     for file in [place] if place.is_file() else place.rglob("*.safetensors"):
         with safe_open(file, framework="pt") as written:
             assert written.metadata()["revision"] == "abc"
+            dtypes |= {written.get_slice(key).get_dtype() for key in written.keys()}  # noqa: SIM118
+    assert ("F8_E4M3" in dtypes) == (name in IN_8_BITS)
     again: Any = find_method(name)
     loaded = again.load(place).to(torch.device("cpu"), torch.float32)
     check_models(with_method(mini(), name, place))  # the benchmark's check
@@ -140,10 +144,8 @@ def test_baseline_trains_and_saves_its_result(name: str, pipe: Any, tmp_path: Pa
             }
             images.append(pipe("portrait of a person, photo", **known).images)
     lost, shown = (images[0] - images[1]).abs().max(), (images[0] - images[2]).abs().max()
-    assert lost < 0.05 and lost < shown / 5, (
-        lost,
-        shown,
-    )  # half precision is all that saving loses
+    # only precision is lost in saving
+    assert lost < (0.2 if name in IN_8_BITS else 0.05) and lost < shown / 5, (lost, shown)
     baseline.method.detach(pipe)
 
 

@@ -73,8 +73,8 @@ class ELITEBaseline(Baseline):
         }
 
     def save(self, path: Path, pipe: Any) -> Path:
-        """Save both mappers."""
-        return save_half(self.method.encoder.state_dict(), path)
+        """Save both mappers in 8 bits."""
+        return save_half(self.method.encoder.state_dict(), path, in_8_bits=True)
 
 
 def elite(pipe: Any, width: int) -> Baseline:

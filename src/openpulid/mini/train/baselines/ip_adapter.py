@@ -17,6 +17,7 @@ from openpulid.methods.ip_adapter import (
     trainable_layers,
 )
 from openpulid.methods.ip_adapter.ip_adapter import IPAdapter
+from openpulid.mini.models import save_folder
 from openpulid.mini.train.baselines.base import Baseline
 from openpulid.mini.train.baselines.tensors import RANK, linear, norm, random, resampler
 
@@ -40,14 +41,14 @@ class InstantIDBaseline(Baseline):
     method: InstantID
 
     def save(self, path: Path, pipe: Any) -> Path:
-        """Save the adapter and IdentityNet."""
+        """Save the adapter, and IdentityNet in 8 bits."""
         path.mkdir(parents=True, exist_ok=True)
         export_adapter(self.method, pipe, path / "ip-adapter.safetensors")
         trained = self.method.identity_net
         assert trained is not None
         net = ControlNetModel.from_config(trained.config)
         net.load_state_dict(trained.state_dict())
-        net.to(torch.bfloat16).save_pretrained(path / "ControlNetModel")
+        save_folder(net, path / "ControlNetModel", in_8_bits=True)
         return path
 
 

@@ -87,9 +87,26 @@ def lora_tensors(method: Any) -> dict[str, Tensor]:
 
 
 def save_half(
-    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    metadata: Mapping[str, str] | None = None,
+    in_8_bits: bool = False,
 ) -> Path:
-    """Save tensors in half precision, and return the file; its suffix is added to `path`."""
+    """Save tensors in half precision, and return the file; its suffix is added to `path`.
+
+    Args:
+        tensors: by name.
+        path: the file without its suffix.
+        metadata: stored with the tensors.
+        in_8_bits: store matrices in float8, which halves the size.
+    """
     file = path.with_suffix(".safetensors")
-    half = {name: x.detach().half().cpu().contiguous() for name, x in tensors.items()}
+    half = {
+        name: x.detach().to(_storage_dtype(x, in_8_bits)).cpu().contiguous()
+        for name, x in tensors.items()
+    }
     return save_tensors(half, file, dict(metadata or {}))
+
+
+def _storage_dtype(tensor: Tensor, in_8_bits: bool) -> torch.dtype:
+    return torch.float8_e4m3fn if in_8_bits and tensor.dim() > 1 else torch.float16
