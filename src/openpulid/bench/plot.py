@@ -28,6 +28,14 @@ COLORS = (
 )  # fmt: skip
 """Matplotlib's ten colors, and five darker ones."""
 
+LINEAR_CHANGE = 0.05
+"""Changes outside the face up to this one are plotted linearly, larger ones logarithmically."""
+
+CHANGE_TICKS = (0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.1, 0.2, 0.5, 1)
+
+LABEL_SIZE = (22, 11)
+"""Width and height in pixels that the label of a point needs."""
+
 MARKERS = "os^DvP<X>phd8"
 """Fewer than `COLORS`, so that pairs repeat only after all combinations."""
 
@@ -45,7 +53,8 @@ def draw_plot(rows: Sequence[Row]) -> Image.Image | None:
 def build_figure(rows: Sequence[Row]) -> Figure | None:
     """Plot identity against preservation, one curve per method with intervals of its points.
 
-    The legend names the methods. A point has the scale of its row, if the method has several.
+    The legend names the methods. A point has the scale of its row, if the method has several and
+    there is room for it.
 
     Returns:
         The figure; None if one of the two was not measured.
@@ -59,16 +68,28 @@ def build_figure(rows: Sequence[Row]) -> Figure | None:
     figure = Figure(figsize=(9.2, 6.8), layout="constrained", dpi=140, facecolor="#faf9f6")
     axes = figure.subplots()
     styles = assign_styles([row.method for row in points])
-    for method, curve in group_curves(points).items():
+    curves = group_curves(points)
+    for method, curve in curves.items():
         _draw_curve(axes, method, curve, metric, styles[method])
+    label = PRESERVATION_LABELS[metric]
     if not HIGHER_IS_BETTER[metric]:
-        axes.invert_xaxis()
-    axes.set_xlabel(PRESERVATION_LABELS[metric])
+        # a method that changes everything would leave no room for the others
+        axes.set_xscale("symlog", linthresh=LINEAR_CHANGE, linscale=2)
+        limit = 1.1 * max(row.columns[metric].high for row in points)
+        axes.set_xlim(limit, -0.05 * LINEAR_CHANGE)
+        ticks = [x for x in CHANGE_TICKS if x <= limit]
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.minorticks_off()
+        if limit > LINEAR_CHANGE:
+            label += f" (logarithmic above {LINEAR_CHANGE:g})"
+    axes.set_xlabel(label)
     axes.set_ylabel("face similarity")
     axes.set_title("up and right is better; numbers are scales", fontsize=9, color="gray")
     axes.margins(0.06)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=9, frameon=False)
+    figure.draw_without_rendering()  # places the axes
+    _label_scales(axes, curves, metric, styles)
     return figure
 
 
@@ -92,8 +113,6 @@ def assign_styles(rows: Sequence[str]) -> dict[str, tuple[str, str]]:
 def _draw_curve(
     axes: Any, method: str, curve: Sequence[Row], metric: str, style: tuple[str, str]
 ) -> None:
-    from matplotlib.patheffects import withStroke
-
     color, marker = style
     x = [row.columns[metric] for row in curve]
     y = [row.columns["face_sim"] for row in curve]
@@ -116,17 +135,35 @@ def _draw_curve(
         linewidth=1.4,
         label=method,
     )
-    if len(curve) == 1:
-        return
-    for row, i, j in zip(curve, x, y, strict=True):
-        if not math.isnan(row.scale):
+
+
+def _label_scales(
+    axes: Any,
+    curves: Mapping[str, Sequence[Row]],
+    metric: str,
+    styles: Mapping[str, tuple[str, str]],
+) -> None:
+    """Write the scale next to each point of a curve, unless another label is there."""
+    from matplotlib.patheffects import withStroke
+
+    width, height = LABEL_SIZE
+    places: list[tuple[float, float]] = []
+    for method, curve in curves.items():
+        for row in curve:
+            if len(curve) == 1 or math.isnan(row.scale):
+                continue
+            point = (row.columns[metric].mean, row.columns["face_sim"].mean)
+            x, y = axes.transData.transform(point)
+            if any(abs(x - i) < width and abs(y - j) < height for i, j in places):
+                continue
+            places.append((x, y))
             axes.annotate(
                 f"{row.scale:g}",
-                (i.mean, j.mean),
+                point,
                 textcoords="offset points",
                 xytext=(5, 4),
                 fontsize=7,
-                color=color,
+                color=styles[method][0],
                 path_effects=[withStroke(linewidth=1.2, foreground="white")],
             )
 
