@@ -184,8 +184,8 @@ def test_readme_is_a_front_page() -> None:
     lines = read("README.md").splitlines()
     assert len(lines) <= 170
     assert max(map(len, lines)) <= 100
-    # one picture, and no table of measurements
-    assert read("README.md").count("![") == 1
+    # one picture of images, and one plot
+    assert read("README.md").count("![") == 2
 
 
 @pytest.mark.parametrize("name", NAMES)
