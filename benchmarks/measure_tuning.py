@@ -49,9 +49,7 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=3)
     parser.add_argument("--json", type=Path, help="file to which the table is added")
     options = parser.parse_args()
-    suite = replace(
-        load_suite("miniature"), num_people=options.people, first_person=FIRST_PERSON
-    )
+    suite = replace(load_suite("miniature"), num_people=options.people, first_person=FIRST_PERSON)
     base = find_preset(suite.preset)
     presets = {BASE: base}
     presets |= {variant: parse_variant(base, variant) for variant in options.variants}

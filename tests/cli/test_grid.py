@@ -82,11 +82,15 @@ def test_names_follow_a_pattern(pulid: Run, studio: FakeStudio, tmp_path: Path) 
     assert done.code == 0, done.err
     names = [Path(line).name for line in done.out.splitlines()]
     assert names == ["mini-pulid-0000-20.png", "mini-pulid-0001-20.png"]
+    # a size that the preset leaves open
+    done = pulid("generate", "a portrait", "--name", "{width:04}", "-o", tmp_path)
+    assert done.code == 0 and Path(done.out.strip()).name == "0032.png", done.err
     for wrong, message in (
         ("{promt}", "unknown field 'promt' (did you mean 'prompt'?)"),
         ("a/{seed}", "contains a folder"),
         ("{seed", "is no pattern"),
         ("{seed.real}", "unknown field"),
+        ("{seed:{foo}}", "has a field inside a field"),
     ):
         refused = pulid("generate", "portrait", "--name", wrong, "-o", tmp_path)
         assert refused.is_one_sentence and message in refused.err

@@ -325,6 +325,11 @@ def test_incomplete_pipeline_is_not_installed(mirror: list[str], tmp_path: Path)
     assert hub.locate("sdxl-base", tmp_path) == path
 
 
+def test_no_two_weights_have_the_same_path_in_a_folder() -> None:
+    paths = [Path(x.folder, x.file) for x in hub.WEIGHTS.values() if x.file and not x.repo_folder]
+    assert len(set(paths)) == len(paths)
+
+
 def test_presets_use_registered_weights() -> None:
     assert PRESETS["mini"]().published == ()
     assert PRESETS["sdxl"]().published == (

@@ -299,6 +299,13 @@ def test_command_line_regenerates_with_several_controls(folder: Path, tmp_path: 
     )
 
 
+def test_what_is_to_be_detected_must_be_known(folder: Path) -> None:
+    control = Control(str(folder / "mini"), str(folder / "square.png"), is_map=False)
+    with pytest.raises(RequestError, match="what is to be detected") as raised:
+        open_controls([control])
+    assert raised.value.fields == ("controls.0.model", "controls.0.kind")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -9,7 +9,14 @@ import torch
 from openpulid.errors import NonFiniteError, OptionError, PromptError
 from openpulid.identity.identity import Identity
 from openpulid.pipelines.loading import load
-from openpulid.pipelines.presets import PRESETS, flux, flux_krea, flux_schnell
+from openpulid.pipelines.presets import (
+    PRESETS,
+    flux,
+    flux_krea,
+    flux_schnell,
+    mini_flux,
+    mini_flux_4step,
+)
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import Person
 from openpulid.pipelines.studio import Studio
@@ -116,6 +123,14 @@ def test_long_prompts_are_cut_and_unknown_words_are_refused(studio, caplog) -> N
         studio.generate("portrait of a zebra")
     with pytest.raises(OptionError, match="at least 1"):
         studio.generate("portrait", num_inference_steps=0)
+
+
+def test_sizes_of_the_miniature_are_multiples_of_its_tokens() -> None:
+    for preset in (mini_flux(), mini_flux_4step()):
+        resolved = preset.resolve(GenerationRequest(prompt="portrait", width=112, height=96))
+        assert (resolved.width, resolved.height) == (112, 96)
+        with pytest.raises(OptionError, match="multiples of 16"):
+            preset.resolve(GenerationRequest(prompt="portrait", width=104, height=96))
 
 
 def test_sizes_must_be_multiples_of_the_latent_patch(studio) -> None:

@@ -14,7 +14,8 @@ from openpulid.io.hub import FOLDER_VARIABLE, WEIGHTS
 from openpulid.pipelines.factory import load_extractor
 from openpulid.pipelines.loading import load
 from openpulid.pipelines.presets import MINIATURE, Preset, find_preset, flux, sdxl
-from openpulid.pipelines.selection import with_base, with_method
+from openpulid.pipelines.request import GenerationRequest, ModelSelection
+from openpulid.pipelines.selection import resolve_preset, with_base, with_method
 from openpulid.pipelines.weights import missing_sources, missing_weights, require_weights
 from openpulid.training.pulid import find_recipe
 from openpulid.training.pulid.photo_models import load_models
@@ -97,3 +98,15 @@ def test_folder_of_a_flux_miniature_can_have_any_name(tmp_path: Path) -> None:
     assert models.pipeline == mine / "pipeline"
     assert models.adapter == mine / "pulid-stage3.safetensors"
     assert models.detector == tmp_path / "detector.safetensors"
+
+
+def test_directory_and_adapter_can_be_spelled_in_any_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(MINIATURE.parent)
+    adapter = "./weights//pulid-stage2.safetensors"
+    for name in ("weights", "weights/", "./weights"):
+        selection = ModelSelection(preset=name, adapter=adapter)
+        preset = resolve_preset(selection)
+        request = GenerationRequest(prompt="portrait", model=selection)
+        assert preset.resolve(request).model.preset == name
+        plain = selection.model_copy(update={"preset": "weights"})
+        preset.resolve(GenerationRequest(prompt="portrait", model=plain))  # the same models

@@ -103,7 +103,7 @@ def check_device(name: str | None) -> str | None:
 
         try:
             torch.zeros(1, device=name).item()  # the device "meta" computes nothing
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
+        except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
             if is_out_of_memory(error):
                 raise
             # a name such as cuda:7 may be right on another machine

@@ -217,6 +217,8 @@ def run_requests(
         The images of each request.
     """
     jobs = _open_jobs(requests, output)
+    if all(job.preset.models.has_own_person for job in jobs):
+        note = None  # about a person that is missing
     images: list[list[Image]] = [[] for _ in requests]
     bar = ProgressBar(sum(request.num_images for request in requests))
     with _report_interruption(images, sum(request.num_images for request in requests)):
@@ -251,7 +253,8 @@ def _open_jobs(requests: Sequence[GenerationRequest], output: ImageOutput) -> li
             presets[request.model] = resolve_preset(request.model)
         preset = presets[request.model]
         resolved = preset.resolve(request)
-        output.check_name(resolved)
+        size = resolved.image_size(preset.models.native_side)
+        output.check_name(resolved.for_image(resolved.seed, *size))
         check_words(preset, resolved)
         inputs = open_inputs(request, preset.models)
         inputs.check(preset.models)

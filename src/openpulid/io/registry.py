@@ -152,7 +152,9 @@ WEIGHTS: dict[str, Weight] = {
         True,
         850,
     ),
-    "clip-l": Weight("openai/clip-vit-large-patch14", "model.safetensors", "MIT", True, 1710),
+    "clip-l": Weight(
+        "openai/clip-vit-large-patch14", "model.safetensors", "MIT", True, 1710, folder="clip-l"
+    ),
     "ip-adapter-flux": Weight(
         "XLabs-AI/flux-ip-adapter-v2", "ip_adapter.safetensors", _FLUX, False, 1060
     ),
@@ -243,7 +245,12 @@ WEIGHTS: dict[str, Weight] = {
     ),
     "scorer-clip": Weight("openai/clip-vit-large-patch14", "", "MIT", True, 1710),
     "scorer-dino": Weight(
-        "timm/vit_small_patch16_224.dino", "model.safetensors", "Apache-2.0", True, 87
+        "timm/vit_small_patch16_224.dino",
+        "model.safetensors",
+        "Apache-2.0",
+        True,
+        87,
+        folder="scorer-dino",
     ),
     "scorer-lpips": Weight(
         "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",

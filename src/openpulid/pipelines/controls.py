@@ -134,6 +134,12 @@ def open_controls(
                     f"controls.{number}.kind",
                 )
             options["mode"] = MODES[kind]
+        if control.is_map is False and find_kind(control) is None:
+            raise RequestError(
+                "what is to be detected in the image of {0}? Set {1} to edges, depth or pose.",
+                f"controls.{number}.model",
+                f"controls.{number}.kind",
+            )
         missing_map = find_missing_map(control, image)
         inputs.append(ControlInput(files[path], image, options, control.image, missing_map))
     return tuple(inputs)

@@ -77,9 +77,12 @@ def check_pattern(pattern: str) -> None:
     """
     known = list_fields(GenerationRequest(prompt="portrait"))
     try:
-        fields = [field for _, field, _, _ in Formatter().parse(pattern) if field is not None]
+        parsed = [part for part in Formatter().parse(pattern) if part[1] is not None]
     except ValueError as error:
         raise OptionError(f"the name {pattern!r} is no pattern: {error}.") from None
+    fields = [field or "" for _, field, _, _ in parsed]
+    if any("{" in (spec or "") for _, _, spec, _ in parsed):
+        raise OptionError(f"the name {pattern!r} has a field inside a field; write a number there.")
     for field in fields:
         if field not in known:
             raise OptionError(

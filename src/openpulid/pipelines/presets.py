@@ -158,8 +158,14 @@ class Preset:
 
 def _same_models(one: ModelSelection, other: ModelSelection) -> bool:
     """Whether two selections are the same but for where the models are kept."""
-    ignored = {"memory": None}
-    return one.model_copy(update=ignored) == other.model_copy(update=ignored)
+    return _normalize(one) == _normalize(other)
+
+
+def _normalize(selection: ModelSelection) -> ModelSelection:
+    """Return a selection without a memory level, with one spelling of each path."""
+    adapter = None if selection.adapter is None else str(Path(selection.adapter))
+    preset = str(Path(selection.preset))
+    return selection.model_copy(update={"memory": None, "adapter": adapter, "preset": preset})
 
 
 def mini(directory: Path = MINIATURE) -> Preset:
@@ -219,6 +225,7 @@ def mini_flux(directory: Path = MINIATURE) -> Preset:
         vae=directory / "pipeline" / "vae",
         adapter=directory / "flux" / "pulid-stage3.safetensors",
         guidance_embeds=False,
+        size_multiple=16,  # the pipeline packs two by two latents of 8 pixels
         build_command="pulid mini build flux-stage1 flux-stage2 flux-stage3",
     )
     defaults = GenerationOptions(
@@ -442,7 +449,7 @@ def find_preset(name: str) -> Preset:
             preset = mini_flux(directory.parent).with_models(
                 pipeline=directory / "pipeline", adapter=adapter
             )
-        return _rename(preset, str(directory), "A trained miniature")
+        return _rename(preset, name, "A trained miniature")
     raise OptionError(
         f"there is no preset {name!r}{suggest(name, PRESETS)}; choose one of "
         f"{', '.join(PRESETS)}, or a directory with a trained miniature."
