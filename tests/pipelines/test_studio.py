@@ -444,6 +444,22 @@ def test_people_of_a_request_give_the_same_image_as_objects(studio, anna, tmp_pa
     assert np.array_equal(pixels(studio.generate(again))[0], expected)
 
 
+def test_request_names_the_file_of_the_person(studio: Studio, tmp_path: Path) -> None:
+    """So the command that the file passes again reproduces the image."""
+    picture(0).save(tmp_path / "anna.png")
+    identity = studio.identify(tmp_path / "anna.png").save(tmp_path / "anna.safetensors")
+    images = []
+    for path, person in (
+        (tmp_path / "anna.png", Person(images=[tmp_path / "anna.png"])),
+        (identity, Person(identity=identity)),
+    ):
+        result = studio.generate("portrait, film noir", seed=3, identity=path, scale=0.5)
+        (request,) = result.requests
+        assert request.people == (person,) and len(result.fingerprints) == 1
+        images += pixels(result) + pixels(studio.generate(request))
+    assert all(np.array_equal(image, images[0]) for image in images)
+
+
 def test_identify_from_files(studio, anna, tmp_path) -> None:
     picture(0).save(tmp_path / "anna.png")
     again = studio.identify(tmp_path / "anna.png")

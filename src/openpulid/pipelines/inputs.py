@@ -216,6 +216,14 @@ def open_inputs(
     return RequestInputs(people, init_image, controls, add_ons, fingerprint_inputs(request))
 
 
+def describe_person(path: str | os.PathLike[str]) -> Person:
+    """Return the person of a request whose identity file or reference image has a path."""
+    name = os.fspath(path)
+    if Path(name).suffix == IDENTITY_SUFFIX:
+        return Person(identity=name)
+    return Person(images=(name,))
+
+
 def open_person(person: Any) -> Any:
     """Open the identity file or the image of one person; return anything else as it is.
 

@@ -8,6 +8,7 @@ studio.generate("portrait, film noir", identity=anna, seed=7, num_images=4).imag
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,7 +22,12 @@ from openpulid.identity.reference import ImageSource, ReferenceFaces, ReferenceI
 from openpulid.methods.adapter import Adapter
 from openpulid.methods.pulid import People, compiling_pays, normalize_people
 from openpulid.pipelines.batching import check_batch
-from openpulid.pipelines.inputs import RequestInputs, open_inputs, open_person
+from openpulid.pipelines.inputs import (
+    RequestInputs,
+    describe_person,
+    open_inputs,
+    open_person,
+)
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.progress import Callback, Progress
 from openpulid.pipelines.regions import crop_masks
@@ -180,6 +186,10 @@ class Studio:
             raise OptionError("set options and people in the request, not in addition to it.")
         if identity is not None and request.people:
             raise OptionError("pass an identity or people, not both.")
+        if inputs is None and isinstance(identity, (str, os.PathLike)):
+            # a file, which the stored request can name
+            request = request.model_copy(update={"people": (describe_person(identity),)})
+            identity = None
         if not hasattr(batch_size, "__index__") or batch_size < 1:
             raise OptionError(
                 f"batch_size must be a whole number of 1 or more, got {batch_size!r}."
