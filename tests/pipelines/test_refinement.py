@@ -10,7 +10,7 @@ import torch
 from diffusers import ControlNetModel
 from PIL import Image, ImageChops
 
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, WeightsError
 from openpulid.identity.identity import Identity
 from openpulid.io.image_grid import to_pil
 from openpulid.pipelines.inputs import RequestInputs
@@ -281,3 +281,17 @@ def test_other_methods_refine_small_faces(method: str, scene: dict[str, Any]) ->
     box = ImageChops.difference(small, refined).getbbox()
     assert box is not None and box[0] > 20 and box[1] > 50 and box[2] < 110
     assert refined.tobytes() != generate(refine_faces={"strength": 0.75}, scale=0.2).tobytes()
+
+
+def test_a_missing_detector_is_reported_before_the_first_image(studio, tmp_path) -> None:
+    """A tuned method needs no face models but for this."""
+    preset = studio.preset.with_models(detector=tmp_path / "detector.safetensors")
+    runner = PipelineRunner(studio.pipe, studio.adapter, preset)
+    images = runner.run(
+        resolve(preset), None, RequestInputs(), Progress(None, preset.models, resolve(preset))
+    )
+    steps = len(studio.pipe.scheduler.timesteps)
+    studio.pipe.scheduler.set_timesteps(1)
+    with pytest.raises(WeightsError, match="detector"):
+        next(images)
+    assert len(studio.pipe.scheduler.timesteps) == 1 != steps  # nothing was generated

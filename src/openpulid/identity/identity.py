@@ -128,7 +128,11 @@ class Identity:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the features alone: the same if they are extracted or saved again."""
+        """SHA-256 of the features alone: the same if they are saved again.
+
+        It is the same if they are extracted again, too, on the same machine with the same number of
+        threads.
+        """
         digest = hashlib.sha256()
         for name, tensor in self._tensors().items():
             digest.update(f"{name} {tuple(tensor.shape)}\n".encode())

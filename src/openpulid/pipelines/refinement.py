@@ -6,7 +6,6 @@ A small face has few latents. Enlarged to a portrait, it has enough.
 from __future__ import annotations
 
 import logging
-from functools import cached_property
 
 from PIL import Image
 
@@ -47,11 +46,8 @@ class FaceRefiner:
         self.people = people
         self.inputs = inputs
         self.models = models
-
-    @cached_property
-    def detection(self) -> FaceDetection:
-        """The face detector; it is loaded for the first image, alone."""
-        return load_detection(self.models)
+        # before the first image, which would be lost without it; a tuned method has no extractor
+        self.detection: FaceDetection = load_detection(models)
 
     def find_faces(self, image: Image.Image, seed: int) -> list[SmallFace]:
         """Return the faces of a generated image to refine, from left to right.
