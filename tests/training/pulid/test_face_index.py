@@ -33,3 +33,11 @@ def begin_and_change(folder: Path) -> None:
 def test_two_processes_begin_in_a_new_directory(tmp_path: Path, start: Any) -> None:
     run_in_two_processes(start, __name__, "begin_and_change", tmp_path)
     assert json.loads((tmp_path / "run" / "face-models.json").read_text()) == MODELS
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
+def test_damaged_file_of_models_is_one_sentence(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "face-models.json"
+    file.write_text(content)
+    with pytest.raises(TrainingError, match=r"face-models.json is damaged: delete it"):
+        check_face_models(file, MODELS, DistributedContext(torch.device("cpu")))

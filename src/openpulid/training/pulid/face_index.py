@@ -94,12 +94,21 @@ def check_face_models(file: Path, models: Mapping[str, str], ranks: DistributedC
             directory.
 
     Raises:
-        TrainingError: the run began with other models, or the file cannot be written.
+        TrainingError: the run began with other models, or the file is damaged or cannot be written.
     """
     if ranks.rank == 0 and not file.exists():
         write_text(file, json.dumps(dict(models)))
     ranks.barrier()  # a new directory and its file are the first process's work
-    if json.loads(file.read_text("utf-8")) != dict(models):
+    try:
+        stored = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        stored = None
+    if not isinstance(stored, dict):
+        raise TrainingError(
+            f"{file} is damaged: delete it if --faces is the same as before, or start again with "
+            "--fresh."
+        )
+    if stored != dict(models):
         raise TrainingError(
             f"{file.parent} is a run with other face models: use the same --faces, choose another "
             "run directory, or start again with --fresh."
