@@ -115,6 +115,19 @@ def test_captions_that_are_no_text_are_refused(tmp_path, caption: object) -> Non
         find_sources([tmp_path / "a.parquet"])
 
 
+def test_dataset_in_its_source_is_left_out(tmp_path) -> None:
+    folder = write_folder(tmp_path / "photos")
+    dataset = folder / "dataset"
+    before = find_sources([folder], dataset)
+    (dataset / "train").mkdir(parents=True)
+    write_archive(dataset / "train" / "00000.tar")
+    (dataset / "index.parquet").write_bytes(b"")
+    (folder / "link").symlink_to(dataset)
+    assert find_sources([folder], dataset) == before
+    with pytest.raises(OptionError, match="dataset is a source: choose another folder with -o"):
+        find_sources([folder, dataset], dataset)
+
+
 def test_names_do_not_depend_on_where_sources_are(tmp_path) -> None:
     one = write_folder(tmp_path / "a" / "photos")
     other = write_folder(tmp_path / "b" / "photos")

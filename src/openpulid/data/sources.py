@@ -116,15 +116,16 @@ class SourceImage:
         return " ".join(decode_text(data).replace("\0", " ").split())
 
 
-def find_sources(sources: Sequence[Path]) -> list[SourceImage]:
+def find_sources(sources: Sequence[Path], dataset: Path | None = None) -> list[SourceImage]:
     """Find all images, sorted by name.
 
     Args:
         sources: folders, tar archives and parquet files. A folder is searched at any depth, also
             for archives and parquet files.
+        dataset: folder of the dataset that is prepared; it is left out if it is in a source.
 
     Raises:
-        OptionError: there is no such source, or it holds no image.
+        OptionError: there is no such source, it holds no image, or it is the dataset.
         TrainingError: an archive is damaged, or a parquet file has captions that are no text.
     """
     images: list[SourceImage] = []
@@ -135,9 +136,11 @@ def find_sources(sources: Sequence[Path]) -> list[SourceImage]:
                 f"{source} does not exist; name a folder of images, a tar archive or a parquet "
                 "file."
             )
+        if dataset is not None and source.resolve() == dataset.resolve():
+            raise OptionError(f"{source} is a source: choose another folder with -o.")
         label = _find_label(source.resolve().name, labels)
         labels.add(label)
-        found = list(_find_in(source, label))
+        found = list(_find_in(source, label, dataset))
         if not found:
             raise OptionError(f"{source} holds no image; name another source.")
         images += found
@@ -153,9 +156,9 @@ def _find_label(name: str, labels: Collection[str]) -> str:
     return label
 
 
-def _find_in(source: Path, label: str) -> Iterator[SourceImage]:
+def _find_in(source: Path, label: str, dataset: Path | None) -> Iterator[SourceImage]:
     if source.is_dir():
-        images = find_captioned_images(source)
+        images = find_captioned_images(source, dataset)
         yield from _list_images(images, label)
         for path in images.content.rest:
             if path.suffix.lower() == TABLE_SUFFIX:
