@@ -1,9 +1,12 @@
-"""`pulid train`: mistakes that need no model and no image."""
+"""`pulid train`: mistakes that need no model and no image, and the advice on memory."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from openpulid.mini.train import pulid as mini_training
 from tests.cli.conftest import Run
 
 TORCHRUN = {
@@ -39,3 +42,14 @@ def test_processes_must_share_the_batches(
 def test_one_process_shares_no_networks(pulid: Run) -> None:
     done = pulid("train", "sdxl_stage1", "--shard")
     assert done.is_one_sentence and "can only be sharded over several processes" in done.err
+
+
+def test_too_little_memory_names_options_of_training(
+    pulid: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(mini_training, "train", fail)
+    done = pulid("train", "mini_stage1", "-o", tmp_path)
+    assert done.is_one_sentence and "(--accumulate)" in done.err and "--size" not in done.err

@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from openpulid.cli.options import Device, print_table
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, explain_out_of_memory
 
 if TYPE_CHECKING:
     from openpulid.training.pulid import Recipe
 
+MEMORY_ADVICE = (
+    "use more micro-batches (--accumulate), share the frozen networks among several processes "
+    "(--shard, for photos), or train on another --device"
+)
 
+
+@explain_out_of_memory(MEMORY_ADVICE)
 def train(
     recipe: Annotated[
         str, typer.Argument(help="Recipe, for example mini_stage1, sdxl_stage1 or flux_stage1.")
