@@ -136,6 +136,10 @@ class OptionError(PulidError):
     """An argument out of range, or two arguments that exclude each other."""
 
 
+class OutOfMemoryError(OptionError):
+    """Too little memory on the device. The message has the advice of the command or the page."""
+
+
 class OutputError(OptionError):
     """A file that cannot be written. The message names the file and the reason."""
 
@@ -211,17 +215,21 @@ def explain_out_of_memory(
     advice: str = "use smaller images (--size) or batches (--batch), a lower --memory, "
     "or another --device",
 ) -> Iterator[None]:
-    """Turn an out-of-memory error of any device into an `OptionError` with advice.
+    """Turn an out-of-memory error of any device into an `OutOfMemoryError` with advice.
+
+    The innermost advice stays: it is that of the command which runs.
 
     Args:
         advice: what the user can do, in the terms of the command or the page.
     """
     try:
         yield
+    except OutOfMemoryError:
+        raise
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OptionError(f"the device has too little memory; {advice}.") from error
+        raise OutOfMemoryError(f"the device has too little memory; {advice}.") from error
 
 
 def require_libraries(purpose: str, names: Iterable[str], extra: str) -> None:

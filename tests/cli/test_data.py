@@ -45,6 +45,7 @@ def test_options_of_the_command_line_are_passed_on() -> None:
     ("words", "message"),
     [
         (["--max-yaw", "100"], "--max-yaw must be from 0 to 90, got 100"),
+        (["--batch", "0"], "--batch must be from 1 to 4096, got 0"),
         (["--workers", "2", "--ray", "auto"], "--workers is for this machine"),
         (["--ray", "host"], "--ray host: expected local, auto or HOST:PORT"),
         ([], "missing does not exist; name a folder of images"),

@@ -51,6 +51,13 @@ def test_work_with_other_options_is_refused(tmp_path) -> None:
         dataset.start(replace(INFO, face_models={}))
 
 
+def test_other_batches_continue(tmp_path) -> None:
+    other = replace(INFO, options=PrepareOptions(batch=8))
+    DatasetFolder(tmp_path / "work").start(INFO)
+    DatasetFolder(tmp_path / "work").start(other)
+    write_dataset(tmp_path / "data").check_complete(other)
+
+
 def test_only_the_dataset_is_deleted(tmp_path) -> None:
     dataset = write_dataset(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")

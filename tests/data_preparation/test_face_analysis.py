@@ -16,7 +16,7 @@ from PIL import Image
 
 from openpulid.data import stages
 from openpulid.data.cropping import crop_image
-from openpulid.data.decode import decode_image
+from openpulid.data.decode import CHILD_SECONDS, decode_image
 from openpulid.data.face_analysis import FaceAnalyzer
 from openpulid.data.face_models import PhotoFaceModels
 from openpulid.data.models import check_models, load_face_models
@@ -213,7 +213,7 @@ def test_batch_that_killed_a_worker_is_decoded_in_child_processes(tmp_path, monk
     assert stage(table)["count"].to_pylist() == [2]
     first = work.read_batches(FACES, images)
     assert stage(table)["count"].to_pylist() == [2]
-    assert limits == [None, None, stages.CHILD_SECONDS, stages.CHILD_SECONDS]
+    assert limits == [None, None, CHILD_SECONDS, CHILD_SECONDS]
     assert work.read_batches(FACES, images) == first
     assert sorted(record.decision for record in first.values()) == ["kept", "unreadable"]
 

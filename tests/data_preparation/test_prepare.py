@@ -45,7 +45,7 @@ OPTIONS = replace(
     people="folders",
     held_out=0.25,
     shard_size=8,
-    batch_size=4,
+    batch=4,
 )
 SCENE = {"style": "photo", "light": "studio", "glasses": "none", "hat": "none", "pose": "front"}
 

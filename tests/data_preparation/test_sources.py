@@ -99,6 +99,35 @@ def test_images_as_bytes(tmp_path) -> None:
     assert color(image) == (255, 0, 0) and image.read_caption() == "a caption"
 
 
+def test_first_caption_of_a_list(tmp_path) -> None:
+    captions = [["a  man", "someone"], [None, "a woman"], [], None]
+    table = pyarrow.table({"jpg": [png("red")] * 4, "text": captions})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    found = find_sources([tmp_path / "a.parquet"])
+    assert [image.read_caption() for image in found] == ["a man", "a woman", "", ""]
+
+
+@pytest.mark.parametrize("caption", [5, b"a man", [1, 2], {"en": "a man"}])
+def test_captions_that_are_no_text_are_refused(tmp_path, caption: object) -> None:
+    table = pyarrow.table({"jpg": [png("red")], "Caption": [caption]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(TrainingError, match="the column 'Caption' of captions holds"):
+        find_sources([tmp_path / "a.parquet"])
+
+
+def test_dataset_in_its_source_is_left_out(tmp_path) -> None:
+    folder = write_folder(tmp_path / "photos")
+    dataset = folder / "dataset"
+    before = find_sources([folder], dataset)
+    (dataset / "train").mkdir(parents=True)
+    write_archive(dataset / "train" / "00000.tar")
+    (dataset / "index.parquet").write_bytes(b"")
+    (folder / "link").symlink_to(dataset)
+    assert find_sources([folder], dataset) == before
+    with pytest.raises(OptionError, match="dataset is a source: choose another folder with -o"):
+        find_sources([folder, dataset], dataset)
+
+
 def test_names_do_not_depend_on_where_sources_are(tmp_path) -> None:
     one = write_folder(tmp_path / "a" / "photos")
     other = write_folder(tmp_path / "b" / "photos")

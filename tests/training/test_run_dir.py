@@ -35,6 +35,17 @@ def test_folder_without_a_run_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "history.json").exists() and (tmp_path / "losses.png").exists()
 
 
+def test_fresh_run_forgets_the_faces_of_a_run_without_a_checkpoint(tmp_path: Path) -> None:
+    write_all(tmp_path, "faces.json", "held-out-faces.json", "history.json")
+    prepare_run_dir(tmp_path, is_fresh=True)
+    assert (tmp_path / "faces.json").exists()  # may be the user's own file
+    write_all(tmp_path, "face-models.json")
+    prepare_run_dir(tmp_path)
+    assert (tmp_path / "face-models.json").exists()
+    prepare_run_dir(tmp_path, is_fresh=True)
+    assert {path.name for path in tmp_path.iterdir()} - {LOCK} == {"history.json"}
+
+
 def test_run_does_not_replace_an_adapter(tmp_path: Path) -> None:
     write_all(tmp_path, "adapter.safetensors")
     with pytest.raises(OptionError, match=r"exists already, and .* contains no run"):

@@ -118,9 +118,7 @@ def prepare(
         int | None, typer.Option(help="Images per shard (default: 1000).")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of split and order (default: 0).")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch", help="Images per batch (default: 32).")
-    ] = None,
+    batch: Annotated[int | None, typer.Option(help="Images per batch (default: 32).")] = None,
     ray: Annotated[str, typer.Option(help="Ray cluster: local, auto or HOST:PORT.")] = "local",
     workers: Annotated[
         int | None, typer.Option(min=1, help="Local processes (default: one per processor).")

@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from openpulid.cli.options import Device, print_table
-from openpulid.errors import OptionError
+from openpulid.errors import OptionError, explain_out_of_memory
 
 if TYPE_CHECKING:
     from openpulid.training.pulid import Recipe
 
+MEMORY_ADVICE = (
+    "use more micro-batches (--accumulate), share the frozen networks among several processes "
+    "(--shard, for photos), or train on another --device"
+)
 
+
+@explain_out_of_memory(MEMORY_ADVICE)
 def train(
     recipe: Annotated[
         str, typer.Argument(help="Recipe, for example mini_stage1, sdxl_stage1 or flux_stage1.")
@@ -117,6 +123,7 @@ def train(
     if plan:
         _print_plan(changed)
         return
+    _check_processes(changed, is_sharded=shard and not settings.is_miniature)
     run_dir = out or Path("runs") / recipe
 
     if settings.is_miniature:
@@ -265,3 +272,21 @@ def _check_batches(recipe: Recipe) -> None:
                 f"{option} {size} cannot be divided into {recipe.accumulate} micro-batches of "
                 "--accumulate: choose a multiple."
             )
+
+
+def _check_processes(recipe: Recipe, *, is_sharded: bool) -> None:
+    """Check that the processes can share the batches: faces are detected before the first step.
+
+    Raises:
+        OptionError: they cannot, or a single process shards.
+    """
+    from openpulid.training.distributed import count_processes
+    from openpulid.training.rng import check_shared
+    from openpulid.training.sharding import check_several
+
+    num_processes = count_processes()
+    if is_sharded:
+        check_several(num_processes)
+    parts = num_processes * recipe.accumulate
+    check_shared(recipe.batch, parts, "--batch")
+    check_shared(recipe.few_step_batch, parts, "--few-step-batch")

@@ -80,7 +80,7 @@ class BatchRunner:
             record.captioner = captions[record.key].captioner
 
     def _split(self, items: Sequence[Item]) -> Iterator[Sequence[Item]]:
-        size = self.options.batch_size
+        size = self.options.batch
         for start in range(0, len(items), size):
             yield items[start : start + size]
 

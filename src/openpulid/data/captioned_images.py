@@ -142,8 +142,12 @@ class CaptionedImages:
             )
 
 
-def find_captioned_images(folder: Path) -> CaptionedImages:
+def find_captioned_images(folder: Path, left_out: Path | None = None) -> CaptionedImages:
     """Find the images of a folder, at any depth, and the caption NAME.txt of each.
+
+    Args:
+        folder: the folder.
+        left_out: a folder that is not searched.
 
     Raises:
         TrainingError: there is no such folder.
@@ -152,7 +156,7 @@ def find_captioned_images(folder: Path) -> CaptionedImages:
         raise TrainingError(
             f"{folder} is not a folder: name a folder of images NAME.jpg with captions NAME.txt."
         )
-    content = list_folder(folder, recursive=True)
+    content = list_folder(folder, recursive=True, left_out=left_out)
     archives = [path for path in content.rest if path.suffix.lower() == ARCHIVE_SUFFIX]
     return _find_captions(folder, content, _list_archives(folder, archives))
 

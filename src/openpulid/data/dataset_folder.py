@@ -18,6 +18,8 @@ from openpulid.io.files import write_json
 
 WORK = ".work"
 SETTINGS = "settings.json"
+NOT_COMPARED = ("filters", "batch")
+"""Options that may differ: filters are compared one by one, and batches do not change a dataset."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class DatasetFolder:
         """Raise OptionError if options differ; the message names the first."""
         for name, value in {**wanted, **wanted["filters"]}.items():
             before = existing.get(name, existing["filters"].get(name))
-            if name != "filters" and before != value:
+            if name not in NOT_COMPARED and before != value:
                 raise OptionError(
                     f"{self.path} was prepared with --{name.replace('_', '-')} {before}, not "
                     f"{value}: use that, start again with --fresh, or choose another folder with "

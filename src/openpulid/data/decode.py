@@ -13,6 +13,9 @@ from openpulid.data.sources import SourceImage
 from openpulid.errors import ImageError
 from openpulid.io.images import MAX_BYTES, open_image
 
+CHILD_SECONDS = 60
+"""Time limit of a child process that decodes one image."""
+
 
 def decode_image(
     source: SourceImage,

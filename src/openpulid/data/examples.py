@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from openpulid.data.decode import CHILD_SECONDS
 from openpulid.data.records import KEPT, ImageRecord
 from openpulid.data.sources import SourceImage
 from openpulid.errors import ImageError
@@ -62,7 +63,8 @@ def list_examples(dataset: Path, decision: str) -> list[Path]:
 def _draw(record: ImageRecord, source: SourceImage) -> Image.Image | None:
     """Draw a small copy of an image with the box of its face; None if it cannot be opened."""
     try:
-        image = open_image(source.read_image(), name=source.name)
+        # a decoder that crashes on a damaged file must not end the preparation
+        image = open_image(source.read_image(), name=source.name, time_limit=CHILD_SECONDS)
     except (ImageError, OSError):
         return None
     scale = SIDE / max(image.size)

@@ -46,7 +46,7 @@ class Filters:
 
 @dataclass(frozen=True)
 class PrepareOptions:
-    """Everything that determines a dataset, next to its sources.
+    """Everything that determines a dataset, next to its sources; and the size of batches.
 
     Attributes:
         filters: which images are dropped.
@@ -69,7 +69,7 @@ class PrepareOptions:
         held_out: part of the people that is held out of training, 0 to 1.
         shard_size: images per shard. The images of a person are in one shard.
         seed: of the split and of the order of people.
-        batch_size: images per batch; a batch is what a killed worker has to repeat.
+        batch: images per batch, which is what a killed worker has to repeat.
     """
 
     filters: Filters = field(default_factory=Filters)
@@ -88,7 +88,7 @@ class PrepareOptions:
     held_out: float = 0.02
     shard_size: int = 1000
     seed: int = 0
-    batch_size: int = 32
+    batch: int = 32
 
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
@@ -145,7 +145,7 @@ _RANGES: tuple[tuple[str, float, float], ...] = (
     ("quality", 1, 100),
     ("held_out", 0, 0.9),
     ("shard_size", 1, 1_000_000),
-    ("batch_size", 1, 4096),
+    ("batch", 1, 4096),
 )
 """Least and greatest value of each option that is a number."""
 

@@ -89,7 +89,7 @@ def prepare_dataset(
     """
     resources = resources or Resources()
     check_address(resources.address)
-    images = find_sources([source.resolve() for source in sources])
+    images = find_sources([source.resolve() for source in sources], dataset)
     log(f"{len(images):,} images in the sources")
     has_captions = all(image.caption for image in images) and not options.replace_captions
     models = check_models(options, not has_captions)

@@ -29,6 +29,8 @@ IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "bytes", "image_path", "path", "
 """Columns of a parquet file in which images are looked for, in this order."""
 CAPTION_COLUMNS = ("caption", "text", "txt", "prompt", "description")
 """Columns of a parquet file in which captions are looked for, in this order."""
+TEXT_TYPES = ("string", "large_string", "string_view", "null")
+"""Types of a parquet column of captions."""
 KEY_BYTES = 10
 """Length of the hash that names an image in a dataset; two of 10^9 collide once in 10^6 times."""
 
@@ -102,7 +104,9 @@ class SourceImage:
             return ""
         if self.is_row:
             text = _read_cell(self, CAPTION_COLUMNS)
-            return " ".join(str(text or "").split())
+            if isinstance(text, list):  # several captions of one image
+                text = next((item for item in text if item), None)
+            return " ".join((text or "").split())
         if self.caption_offset >= 0:
             member = TarMember(Path(self.caption), self.caption_offset, self.caption_size)
             data = member.read(CAPTION_BYTES)
@@ -112,16 +116,17 @@ class SourceImage:
         return " ".join(decode_text(data).replace("\0", " ").split())
 
 
-def find_sources(sources: Sequence[Path]) -> list[SourceImage]:
+def find_sources(sources: Sequence[Path], dataset: Path | None = None) -> list[SourceImage]:
     """Find all images, sorted by name.
 
     Args:
         sources: folders, tar archives and parquet files. A folder is searched at any depth, also
             for archives and parquet files.
+        dataset: folder of the dataset that is prepared; it is left out if it is in a source.
 
     Raises:
-        OptionError: there is no such source, or it holds no image.
-        TrainingError: an archive is damaged.
+        OptionError: there is no such source, it holds no image, or it is the dataset.
+        TrainingError: an archive is damaged, or a parquet file has captions that are no text.
     """
     images: list[SourceImage] = []
     labels: set[str] = set()
@@ -131,9 +136,11 @@ def find_sources(sources: Sequence[Path]) -> list[SourceImage]:
                 f"{source} does not exist; name a folder of images, a tar archive or a parquet "
                 "file."
             )
+        if dataset is not None and source.resolve() == dataset.resolve():
+            raise OptionError(f"{source} is a source: choose another folder with -o.")
         label = _find_label(source.resolve().name, labels)
         labels.add(label)
-        found = list(_find_in(source, label))
+        found = list(_find_in(source, label, dataset))
         if not found:
             raise OptionError(f"{source} holds no image; name another source.")
         images += found
@@ -149,9 +156,9 @@ def _find_label(name: str, labels: Collection[str]) -> str:
     return label
 
 
-def _find_in(source: Path, label: str) -> Iterator[SourceImage]:
+def _find_in(source: Path, label: str, dataset: Path | None) -> Iterator[SourceImage]:
     if source.is_dir():
-        images = find_captioned_images(source)
+        images = find_captioned_images(source, dataset)
         yield from _list_images(images, label)
         for path in images.content.rest:
             if path.suffix.lower() == TABLE_SUFFIX:
@@ -219,12 +226,30 @@ def _list_rows(path: Path, label: str) -> Iterator[SourceImage]:
             "the path of each image."
         )
     caption = _find_column(names, CAPTION_COLUMNS) or ""
+    if caption:
+        _check_captions(path, table.schema_arrow.field(caption))
     index = 0
     for group in range(table.metadata.num_row_groups):
         for row in range(table.metadata.row_group(group).num_rows):
             name = escape_unprintable(f"{label}/{index:09d}")
             yield SourceImage(name, str(path), group, row, caption, version=modified)
             index += 1
+
+
+def _check_captions(path: Path, column: pyarrow.Field) -> None:
+    """Raise TrainingError if a column is neither text nor lists of texts."""
+    import pyarrow
+
+    kind = column.type
+    if isinstance(kind, (pyarrow.ListType, pyarrow.LargeListType, pyarrow.FixedSizeListType)):
+        kind = kind.value_type
+    if isinstance(kind, pyarrow.DictionaryType):
+        kind = kind.value_type
+    if str(kind) not in TEXT_TYPES:
+        raise TrainingError(
+            f"{path}: the column {column.name!r} of captions holds {column.type}: convert it to "
+            "text, or rename it."
+        )
 
 
 def _find_column(names: Sequence[str], wanted: Iterable[str]) -> str | None:

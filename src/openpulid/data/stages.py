@@ -19,7 +19,7 @@ from PIL import Image
 
 from openpulid.data.captioner import Captioner
 from openpulid.data.cropping import crop_image
-from openpulid.data.decode import decode_image
+from openpulid.data.decode import CHILD_SECONDS, decode_image
 from openpulid.data.face_analysis import FaceAnalyzer
 from openpulid.data.models import load_face_models
 from openpulid.data.options import PrepareOptions
@@ -37,9 +37,6 @@ COUNT = "count"
 
 IMAGES_PER_THREAD = 4
 """Decoded images in memory: photos of 12 megapixels take 36 MB each."""
-
-CHILD_SECONDS = 60
-"""Time limit of a child process that decodes one image."""
 
 
 class FacesStage:

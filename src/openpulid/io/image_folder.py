@@ -67,7 +67,7 @@ def is_system_name(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
-def list_folder(folder: Path, *, recursive: bool) -> FolderContent:
+def list_folder(folder: Path, *, recursive: bool, left_out: Path | None = None) -> FolderContent:
     """List the files of a folder; files of the system are left out.
 
     Links are followed. A folder that can be reached in several ways is listed once, and not by a
@@ -76,12 +76,16 @@ def list_folder(folder: Path, *, recursive: bool) -> FolderContent:
     Args:
         folder: the folder.
         recursive: whether to search subfolders, at any depth.
+        left_out: a folder that is not searched; it need not exist.
     """
     content = FolderContent()
     suffixes = image_suffixes()
     folders = [str(folder)]
     links: list[str] = []
     visited: set[tuple[int, int]] = set()
+    if left_out is not None and left_out.exists():
+        status = left_out.stat()
+        visited.add((status.st_dev, status.st_ino))
     while folders or links:
         current = folders.pop() if folders else links.pop()
         for entry in _list_once(current, visited, content.unreadable):

@@ -67,6 +67,17 @@ def is_first_process() -> bool:
     return next((rank for rank in ranks if rank is not None), "0") == "0"
 
 
+def count_processes() -> int:
+    """Return the number of processes of the run, before they are connected.
+
+    Raises:
+        OptionError: see `check_launcher`.
+    """
+    check_launcher(os.environ)
+    sizes = (os.environ.get(name) for name in ("WORLD_SIZE", *MPI_SIZES))
+    return int(next((size for size in sizes if size is not None), "1"))
+
+
 def _read_numbers(environment: Mapping[str, str]) -> dict[str, int]:
     """Return the variables that must be numbers."""
     numbers = {}

@@ -24,6 +24,24 @@ def generator_for(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
+def check_shared(batch: int, parts: int, name: str = "batch") -> None:
+    """Check that the processes and micro-batches of a step can share a global batch evenly.
+
+    Args:
+        batch: global batch size.
+        parts: number of processes times micro-batches.
+        name: of the batch, for the message.
+
+    Raises:
+        OptionError: they cannot.
+    """
+    if batch % parts:
+        raise OptionError(
+            f"a {name} of {batch} cannot be shared by {parts} processes or micro-batches: choose a "
+            f"multiple of {parts}."
+        )
+
+
 @dataclass
 class StepRNG:
     """Random numbers of one step, as one rank sees them.
@@ -71,11 +89,7 @@ class StepRNG:
         Raises:
             OptionError: the ranks cannot share the batch evenly, or the dataset is empty.
         """
-        if batch % self.world_size:
-            raise OptionError(
-                f"a batch of {batch} cannot be shared by {self.world_size} processes or "
-                f"micro-batches: choose a multiple of {self.world_size}."
-            )
+        check_shared(batch, self.world_size)
         if n < 1:
             raise OptionError("the dataset is empty: add training data.")
         start = self.step * batch

@@ -36,8 +36,17 @@ def delete_run(directory: Path, more_files: Iterable[str] = ()) -> None:
     """
     if not (directory / CHECKPOINT).exists():
         return
+    delete_files(directory, (*RUN_FILES, *more_files))
+
+
+def delete_files(directory: Path, patterns: Iterable[str]) -> None:
+    """Delete the files of a run directory that match a pattern, in the order of the patterns.
+
+    Raises:
+        OptionError: another process uses the directory, or a file cannot be deleted.
+    """
     with lock_directory(directory):
-        for pattern in (*RUN_FILES, *more_files):
+        for pattern in patterns:
             for path in directory.glob(pattern):
                 _delete(path)
 

@@ -18,6 +18,15 @@ from openpulid.errors import OptionError
 from openpulid.training.distributed import DistributedContext
 
 
+def check_several(num_processes: int) -> None:
+    """Raise OptionError if there is only one process, which can share nothing."""
+    if num_processes == 1:
+        raise OptionError(
+            "a base model can only be sharded over several processes: start the training with "
+            "accelerate launch or torchrun, or leave out --shard."
+        )
+
+
 def shard_network(network: Any, blocks: Iterable[nn.Module]) -> None:
     """Share a frozen network among the processes of the run.
 
@@ -31,11 +40,7 @@ def shard_network(network: Any, blocks: Iterable[nn.Module]) -> None:
         OptionError: there is only one process.
     """
     ranks = DistributedContext(network.device)
-    if ranks.world_size == 1:
-        raise OptionError(
-            "a base model can only be sharded over several processes: start the training with "
-            "accelerate launch or torchrun, or leave out --shard."
-        )
+    check_several(ranks.world_size)
     mesh = init_device_mesh(network.device.type, (ranks.world_size,))
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True)

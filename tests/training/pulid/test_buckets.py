@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 import torch
 
+from openpulid.errors import OptionError
 from openpulid.training.pulid.buckets import Buckets, Size, list_sizes
 from openpulid.training.rng import StepRNG
 
@@ -60,6 +62,11 @@ def test_sampling_depends_on_the_step_alone() -> None:
         parts = [buckets.sample(StepRNG(3, step, rank, 2)) for rank in range(2)]
         assert {part[0] for part in parts} == {size}
         assert torch.equal(torch.cat([part[1] for part in parts]), rows)
+
+
+def test_batch_that_ranks_cannot_share_is_refused() -> None:
+    with pytest.raises(OptionError, match="a batch of 4 cannot be shared by 3 processes"):
+        Buckets(IMAGES, SIZES, batch_size=4).sample(StepRNG(0, 0, 1, 3))
 
 
 def test_few_images_share_one_size() -> None:

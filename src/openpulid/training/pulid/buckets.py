@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from openpulid.training.rng import StepRNG, generator_for
+from openpulid.training.rng import StepRNG, check_shared, generator_for
 
 RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 4 / 5, 1.0, 5 / 4, 4 / 3, 3 / 2, 16 / 9, 2.0)
 """Width over height."""
@@ -78,7 +78,12 @@ class Buckets:
         ]
 
     def sample(self, rng: StepRNG) -> tuple[Size, Tensor]:
-        """Return the size of a step's global batch, and the rank's part of its images, (B,)."""
+        """Return the size of a step's global batch, and the rank's part of its images, (B,).
+
+        Raises:
+            OptionError: the ranks cannot share the batch evenly.
+        """
+        check_shared(self.batch_size, rng.world_size)
         epoch, index = divmod(rng.step, len(self.batches))
         order = torch.randperm(
             len(self.batches), generator=generator_for(rng.seed, "buckets", "epoch", epoch)

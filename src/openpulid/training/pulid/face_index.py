@@ -17,6 +17,7 @@ from openpulid.identity.photo_extractor import PhotoExtractor
 from openpulid.io.image_grid import to_tensor
 from openpulid.io.images import limit_size
 from openpulid.training.checkpointing import write_text
+from openpulid.training.distributed import DistributedContext
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def build_index(
     return {name: image.position for name, image in indexed.items()}
 
 
-def check_face_models(file: Path, models: Mapping[str, str]) -> None:
+def check_face_models(file: Path, models: Mapping[str, str], ranks: DistributedContext) -> None:
     """Check that a run has always had the same face models, and store them when it begins.
 
     Positions of faces and features of other models would be mixed.
@@ -89,13 +90,25 @@ def check_face_models(file: Path, models: Mapping[str, str]) -> None:
     Args:
         file: JSON file in the run directory.
         models: see `PhotoExtractor.models`.
+        ranks: the processes of the run, which all call this; the first one has locked the
+            directory.
 
     Raises:
-        TrainingError: the run began with other models, or the file cannot be written.
+        TrainingError: the run began with other models, or the file is damaged or cannot be written.
     """
-    if not file.exists():
+    if ranks.rank == 0 and not file.exists():
         write_text(file, json.dumps(dict(models)))
-    elif json.loads(file.read_text("utf-8")) != dict(models):
+    ranks.barrier()  # a new directory and its file are the first process's work
+    try:
+        stored = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        stored = None
+    if not isinstance(stored, dict):
+        raise TrainingError(
+            f"{file} is damaged: delete it if --faces is the same as before, or start again with "
+            "--fresh."
+        )
+    if stored != dict(models):
         raise TrainingError(
             f"{file.parent} is a run with other face models: use the same --faces, choose another "
             "run directory, or start again with --fresh."

@@ -56,7 +56,7 @@ from openpulid.training.pulid.losses import (
 )
 from openpulid.training.pulid.models import BaseModel
 from openpulid.training.pulid.recipe import Recipe
-from openpulid.training.rng import StepRNG, microbatch_rngs
+from openpulid.training.rng import StepRNG, check_shared, microbatch_rngs
 from openpulid.training.trainer import Backward
 
 
@@ -164,13 +164,8 @@ class PuLIDTask:
         "id" joins the alignment's pass if both read the same rollout (`Recipe.shares_rollout`).
         The metric "faces" is the fraction of images that count in the ID loss.
         """
-        count, remainder = divmod(self.recipe.few_step_batch, rng.world_size)
-        if remainder:
-            raise OptionError(
-                f"a few_step_batch of {self.recipe.few_step_batch} cannot be shared by "
-                f"{rng.world_size} processes or micro-batches: choose a multiple of "
-                f"{rng.world_size}."
-            )
+        check_shared(self.recipe.few_step_batch, rng.world_size, "few_step_batch")
+        count = self.recipe.few_step_batch // rng.world_size
         batch = self.data.batch(rng).to(self.base.device)
         rng.record("latents", batch.latents)
         rng.record("id_cond", batch.id_cond)

@@ -21,14 +21,17 @@ from openpulid.training.pulid.export import save_adapter
 from openpulid.training.pulid.models import BaseModel
 from openpulid.training.pulid.recipe import Recipe
 from openpulid.training.pulid.task import PuLIDTask, Validation
-from openpulid.training.run_dir import delete_run
+from openpulid.training.run_dir import delete_files, delete_run
 from openpulid.training.sharding import shard_network
 from openpulid.training.trainer import TrainingResult, run
 
 ADAPTER_FILE = "adapter.safetensors"
 """The trained adapter in its run directory."""
 FACE_MODELS_FILE = "face-models.json"
-PULID_FILES = (ADAPTER_FILE, "faces.json", "held-out-faces.json", FACE_MODELS_FILE)
+FACE_FILES = ("faces.json", "held-out-faces.json", FACE_MODELS_FILE)
+"""What a training on photos writes before the first checkpoint. The models are deleted last: while
+they exist, the other files are known as those of a run."""
+PULID_FILES = (ADAPTER_FILE, *FACE_FILES)
 """What a training of PuLID writes in addition to the trainer's files."""
 
 
@@ -119,6 +122,8 @@ def prepare_run_dir(
         )
     if is_fresh:
         delete_run(run_dir, PULID_FILES)
+        if (run_dir / FACE_MODELS_FILE).exists():  # the run ended before its first checkpoint
+            delete_files(run_dir, FACE_FILES)
     check_directory(run_dir)
 
 

@@ -108,8 +108,9 @@ def train_on_photos(
         )
 
     # faces are detected for hours, which a second process must not repeat
-    with DistributedContext(models.base.device).lock(run_dir):
-        check_face_models(run_dir / FACE_MODELS_FILE, extractor.models)
+    ranks = DistributedContext(models.base.device)
+    with ranks.lock(run_dir):
+        check_face_models(run_dir / FACE_MODELS_FILE, extractor.models, ranks)
         dataset = open_dataset(data, INDEX)
         validation = held_out or data
         split = HELD_OUT if is_prepared(validation) and has_held_out(validation) else TRAIN
