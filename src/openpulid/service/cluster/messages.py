@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from PIL import Image
 
+from openpulid.io.temporary import private_directory
 from openpulid.service.jobs import Output, Task
 from openpulid.service.store.records import list_inputs
 
@@ -68,7 +68,7 @@ class SentFiles:
         Yields:
             Path on the first machine -> path on this one.
         """
-        with TemporaryDirectory(prefix="pulid-") as folder:
+        with private_directory() as folder:
             paths = {}
             for number, (source, content) in enumerate(self.contents.items()):
                 path = Path(folder, str(number), Path(source).name)
