@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from openpulid.errors import FaceError, OptionError, QueueFullError, StoreError
+from openpulid.errors import (
+    FaceError,
+    OptionError,
+    QueueFullError,
+    StoreError,
+    explain_out_of_memory,
+)
 from openpulid.pipelines.request_fields import RequestError
 from openpulid.pipelines.request_inputs import Control, Lora, Person
 from openpulid.service.jobs import JobStatus, Output
@@ -212,6 +218,16 @@ def test_a_failed_image_fails_its_job(store: JobStore, tmp_path: Path) -> None:
     assert job.problem == "people-0-images-0 shows no face."  # no path of the server
     assert not job.is_service_problem
     assert store.list_states([second])[0].is_lost and not store.claim("worker", 1, 10)
+
+
+def test_too_little_memory_is_a_problem_of_the_service(store: JobStore) -> None:
+    job = store.submit("ann", portrait(), {}, None)
+    with pytest.raises(OptionError) as raised, explain_out_of_memory("try a smaller size"):
+        raise RuntimeError("CUDA out of memory")
+    store.fail(*store.claim("worker", 1, 10), raised.value)
+    failed = store.get("ann", job.id)
+    assert failed is not None and failed.is_service_problem
+    assert failed.problem == "the device has too little memory; try a smaller size."
 
 
 def test_owners_and_jobs_take_turns(store: JobStore) -> None:

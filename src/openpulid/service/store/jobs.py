@@ -21,7 +21,7 @@ from sqlalchemy import ColumnElement, Connection, delete, func, select, update
 from openpulid.errors import OptionError, PulidError, QueueFullError, StoreError
 from openpulid.io.lock import lock_directory
 from openpulid.pipelines.request import GenerationRequest
-from openpulid.service.jobs import Job, JobStatus, Output, Task
+from openpulid.service.jobs import Job, JobStatus, Output, Task, is_service_problem
 from openpulid.service.store import transitions
 from openpulid.service.store.database import Database
 from openpulid.service.store.fairness import WaitingJob, choose_batch, count_before
@@ -300,7 +300,7 @@ class JobStore:
 
         Args:
             task: the task.
-            problem: a `StoreError` is the fault of the service, any other that of the request.
+            problem: the fault of the service or of the request, see `is_service_problem`.
 
         Returns:
             Whether the claim was still valid; otherwise nothing happens.
@@ -396,13 +396,12 @@ class JobStore:
 
     def _fail(self, connection: Connection, job_id: str, problem: PulidError) -> None:
         sentence = str(problem).replace(f"{self._folder(job_id).inputs}/", "")
-        is_service_problem = isinstance(problem, StoreError)
         self._end(
             connection,
             job_id,
             JobStatus.FAILED,
             problem=sentence,
-            is_service_problem=is_service_problem,
+            is_service_problem=is_service_problem(problem),
         )
 
     def _requeue(self, connection: Connection, condition: ColumnElement[bool]) -> list[str]:
