@@ -26,6 +26,7 @@ from openpulid.service.store import transitions
 from openpulid.service.store.database import Database
 from openpulid.service.store.fairness import WaitingJob, choose_batch, count_before
 from openpulid.service.store.files import (
+    FREE_BYTES,
     check_free_space,
     make_private_folder,
     remove_file,
@@ -52,7 +53,7 @@ class QueueLimits:
     jobs: int = 1000
     jobs_per_owner: int = 100
     lifetime: float = 24 * 3600
-    free_bytes: int = 256 << 20
+    free_bytes: int = FREE_BYTES
     interruptions: int = 5
 
 
