@@ -304,6 +304,18 @@ def test_results_expire(store: JobStore, clock: Clock, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.glob("data/jobs/*")] == [waiting]
 
 
+def test_inputs_of_an_ended_job_are_removed_after_a_crash(store: JobStore, tmp_path: Path) -> None:
+    ended, waiting = (store.submit("ann", with_person(), PERSON, None).id for _ in range(2))
+    store.cancel("ann", ended)
+    for name in ("inputs/people-0-images-0", "preview.jpg"):  # as after a kill within `cancel`
+        file = tmp_path / "data" / "jobs" / ended / name
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    store.expire()
+    assert [path.name for path in (tmp_path / "data" / "jobs" / ended).iterdir()] == ["outputs"]
+    assert (tmp_path / "data" / "jobs" / waiting / "inputs" / "people-0-images-0").exists()
+
+
 def test_folders_without_a_job_are_removed(store: JobStore, tmp_path: Path) -> None:
     old, new = tmp_path / "data/jobs/job-old", tmp_path / "data/jobs/job-new"
     for folder in (old, new):

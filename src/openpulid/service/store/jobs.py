@@ -355,7 +355,7 @@ class JobStore:
         self._requeue_interrupted(tasks.c.worker == worker)
 
     def expire(self) -> None:
-        """Remove jobs whose time is over, and folders that crashes have left."""
+        """Remove jobs whose time is over, and files that crashes have left."""
         expired = jobs.c.expires <= self._clock()
         with self._database.write() as connection:
             names = connection.execute(select(jobs.c.id).where(expired)).scalars().all()
@@ -363,8 +363,11 @@ class JobStore:
         for job_id in names:
             self._folder(job_id).remove()
         with self._database.read() as connection:
-            stored = set(connection.execute(select(jobs.c.id)).scalars())
-        remove_orphans(self._jobs_folder, stored)
+            rows = connection.execute(select(jobs.c.id, jobs.c.status)).all()
+        remove_orphans(self._jobs_folder, {row.id for row in rows})
+        for row in rows:
+            if row.status not in transitions.UNFINISHED:
+                self._folder(row.id).remove_inputs()
 
     def _requeue_interrupted(self, condition: ColumnElement[bool]) -> None:
         with self._database.write() as connection:
