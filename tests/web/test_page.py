@@ -83,6 +83,7 @@ from openpulid.web.settings import restore_settings  # noqa: E402
 from tests.web.page_support import (  # noqa: E402
     SETTINGS,
     build_request,
+    click,
     draw,
     free_port,
     generate,
@@ -556,6 +557,12 @@ def test_history_shows_only_own_images(tmp_path: Path) -> None:
     off = History(is_on=False)
     off.add("anna", PageImage("anna.png", 1, ""))
     assert off.images("anna") == []
+
+
+def test_edited_image_is_not_masked_by_the_file_of_another(tmp_path: Path) -> None:
+    updates = click(WebSession(tmp_path), "edit_this", [PageImage("image.png", 1, "")], 0)
+    assert updates["edit_image"]["background"] == "image.png"
+    assert updates["mode"] == "edit" and updates["edit_mask"] is None
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,7 @@ def connect_results(page: Page) -> None:
             parts["tabs"]: gr.Tabs(selected="edit"),
             values["mode"]: "edit",
             values["edit_image"]: canvas,
+            values["edit_mask"]: None,  # that of another image
         }
 
     private: dict[str, Any] = {"api_visibility": "private"}
@@ -84,6 +85,6 @@ def connect_results(page: Page) -> None:
     parts["edit_this"].click(
         edit,
         [images, selected],
-        [parts["tabs"], values["mode"], values["edit_image"]],
+        [parts["tabs"], values["mode"], values["edit_image"], values["edit_mask"]],
         **private,
     )
