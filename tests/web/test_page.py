@@ -598,6 +598,12 @@ def test_edited_image_is_not_masked_by_the_file_of_another(tmp_path: Path) -> No
     assert updates["mode"] == "edit" and updates["edit_mask"] is None
 
 
+def test_invented_person_is_generated_from_every_tab(tmp_path: Path) -> None:
+    updates = click(WebSession(tmp_path), "start")
+    assert updates["mode"] == "create" and updates["tabs"].selected == "create"
+    assert Image.open(updates["reference_images"][0]).size == (96, 96)
+
+
 @pytest.mark.parametrize(
     ("host", "expected"),
     [("127.0.0.1", True), ("localhost", True), ("::1", True), ("0.0.0.0", False)],
