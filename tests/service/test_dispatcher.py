@@ -22,7 +22,7 @@ from openpulid.pipelines.request_inputs import Person
 from openpulid.pipelines.selection import resolve_preset
 from openpulid.service.jobs import Job, JobStatus
 from openpulid.service.queue.dispatcher import Dispatcher
-from openpulid.service.queue.engine import LocalEngine
+from openpulid.service.queue.engine import NOT_LOADED, LocalEngine
 from openpulid.service.store.database import Database
 from openpulid.service.store.jobs import JobStore
 from openpulid.world import Person as DrawnPerson
@@ -227,6 +227,18 @@ def test_a_result_that_cannot_be_stored_is_stored_later(
     folder.unlink()
     job = finish(store, "ann", job_id)
     assert job.status == JobStatus.COMPLETED and pixels(job.images[0].file).shape == (64, 64, 3)
+
+
+def test_damaged_weights_are_a_problem_of_the_service(store: JobStore, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter.safetensors"
+    adapter.write_bytes(b"damaged")
+    models = MINI.model_copy(update={"adapter": str(adapter)})
+    job_id = store.submit("ann", request().model_copy(update={"model": models}), {}, None).id
+    dispatcher = Dispatcher(store, LocalEngine(device="cpu"), "worker")
+    dispatcher.start()
+    job = finish(store, "ann", job_id)
+    dispatcher.stop()
+    assert job.problem == NOT_LOADED and job.is_service_problem
 
 
 def test_another_method_replaces_the_studio(engine: LocalEngine) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from openpulid.errors import StoreError
 from openpulid.identity.identity import Identity
 from openpulid.pipelines.request_inputs import Person
 from openpulid.service.store.database import Database
@@ -30,6 +31,15 @@ def test_an_identity_is_stored_for_its_owner(identities: IdentityStore, clock: C
     assert identities.get("ben", stored.id) is None and not identities.delete("ben", stored.id)
     assert torch.equal(Identity.load(stored.file).id_cond, anna.id_cond)
     assert stat.S_IMODE(stored.file.stat().st_mode) == 0o600
+
+
+def test_no_identity_is_stored_on_a_disk_that_is_almost_full(
+    database: Database, tmp_path: Path
+) -> None:
+    identities = IdentityStore(database, tmp_path / "data", free_bytes=1 << 62)
+    with pytest.raises(StoreError, match="the disk of the service is full"):
+        identities.put("ann", anna)
+    assert not list(tmp_path.glob("data/identities/*"))
 
 
 def test_delete(identities: IdentityStore) -> None:

@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 from sqlalchemy import text
 
-from openpulid.errors import FaceError, OptionError, QueueFullError, StoreError
+from openpulid.errors import (
+    FaceError,
+    OptionError,
+    QueueFullError,
+    StoreError,
+    explain_out_of_memory,
+)
 from openpulid.pipelines.request_fields import RequestError
 from openpulid.pipelines.request_inputs import Control, Lora, Person
 from openpulid.service.jobs import JobStatus, Output
@@ -214,6 +220,16 @@ def test_a_failed_image_fails_its_job(store: JobStore, tmp_path: Path) -> None:
     assert store.list_states([second])[0].is_lost and not store.claim("worker", 1, 10)
 
 
+def test_too_little_memory_is_a_problem_of_the_service(store: JobStore) -> None:
+    job = store.submit("ann", portrait(), {}, None)
+    with pytest.raises(OptionError) as raised, explain_out_of_memory("try a smaller size"):
+        raise RuntimeError("CUDA out of memory")
+    store.fail(*store.claim("worker", 1, 10), raised.value)
+    failed = store.get("ann", job.id)
+    assert failed is not None and failed.is_service_problem
+    assert failed.problem == "the device has too little memory; try a smaller size."
+
+
 def test_owners_and_jobs_take_turns(store: JobStore) -> None:
     names = {}
     for name, num_images in [("a1", 6), ("a2", 1), ("b1", 3), ("a3", 1)]:
@@ -286,6 +302,18 @@ def test_results_expire(store: JobStore, clock: Clock, tmp_path: Path) -> None:
     store.expire()
     assert store.get("ann", done) is None and store.get("ben", waiting) is not None
     assert [path.name for path in tmp_path.glob("data/jobs/*")] == [waiting]
+
+
+def test_inputs_of_an_ended_job_are_removed_after_a_crash(store: JobStore, tmp_path: Path) -> None:
+    ended, waiting = (store.submit("ann", with_person(), PERSON, None).id for _ in range(2))
+    store.cancel("ann", ended)
+    for name in ("inputs/people-0-images-0", "preview.jpg"):  # as after a kill within `cancel`
+        file = tmp_path / "data" / "jobs" / ended / name
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+    store.expire()
+    assert [path.name for path in (tmp_path / "data" / "jobs" / ended).iterdir()] == ["outputs"]
+    assert (tmp_path / "data" / "jobs" / waiting / "inputs" / "people-0-images-0").exists()
 
 
 def test_folders_without_a_job_are_removed(store: JobStore, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import gradio
 from PIL import Image
 
 from openpulid.pipelines.request import GenerationRequest
+from openpulid.web.events import connect
 from openpulid.web.form import FormValues
 from openpulid.web.generation import generate_images
 from openpulid.web.layout import build_layout
@@ -50,6 +51,20 @@ def run_page(session: WebSession, **values: Any) -> list[dict[str, Any]]:
     names = {component: name for name, component in page.parts.items()}
     updates = run_generation(session, page, {**SETTINGS, **values}, lambda *_, **__: None)
     return [{names[part]: value for part, value in update.items()} for update in updates]
+
+
+def click(session: WebSession, button: str, *values: Any) -> dict[str, Any]:
+    """Call what a button of the page calls first; return its updates by names of components."""
+    with gradio.Blocks() as blocks:
+        page = build_layout(session)
+        connect(session, page)
+    names = {component: name for name, component in {**page.values, **page.parts}.items()}
+    target = (page.parts[button]._id, "click")
+    event = next(event for event in blocks.fns.values() if target in event.targets)
+    assert event.fn is not None
+    updates = event.fn(*values)
+    assert updates.keys() <= set(event.outputs)
+    return {names[component]: value for component, value in updates.items()}
 
 
 def message_of(updates: list[dict[str, Any]]) -> str:

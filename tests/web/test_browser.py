@@ -224,6 +224,8 @@ def test_identity_is_saved(page: Any, people: list[Path], tmp_path: Path) -> Non
     identity = Identity.load(tmp_path / "anna.safetensors")
     assert download.value.suggested_filename == "anna.safetensors"
     assert identity.fingerprint
+    button(page.locator("#person"), "Invent a person").click()
+    saved.wait_for(state="hidden")
 
 
 def test_words_are_inserted_and_replaced(page: Any) -> None:

@@ -72,6 +72,7 @@ gradio = pytest.importorskip("gradio", reason="extra web is not installed", exc_
 from gradio.components.gallery import GalleryData, GalleryImage  # noqa: E402
 from gradio.components.image_editor import EditorData  # noqa: E402
 from gradio.data_classes import FileData, ImageData  # noqa: E402
+from gradio.processing_utils import save_file_to_cache  # noqa: E402
 from gradio_client import handle_file  # noqa: E402
 
 from openpulid.web.components import Page, build_field  # noqa: E402
@@ -83,6 +84,7 @@ from openpulid.web.settings import restore_settings  # noqa: E402
 from tests.web.page_support import (  # noqa: E402
     SETTINGS,
     build_request,
+    click,
     draw,
     free_port,
     generate,
@@ -523,10 +525,12 @@ def test_models_of_another_page_are_refused(
         _find_preset(WebSession(tmp_path), provenance)
 
 
-def test_images_of_a_run_replace_the_previous_ones_at_once() -> None:
+def test_images_of_a_run_replace_the_previous_ones_at_once(tmp_path: Path) -> None:
     names = ("gallery", "welcome", "images", "selected", "live", "actions", "compare")
     page = Page(mini(), parts={name: name for name in (*names, "download_all")})
-    first, second = (PageImage(f"{k}.png", k, "") for k in (1, 2))
+    first, second = (PageImage(str(tmp_path / f"{k}.png"), k, "") for k in (1, 2))
+    for image in (first, second):
+        Path(image.file).touch()
     updates = show_images(page, [first])
     assert updates["images"] == [first] and updates["selected"] == 0
     updates = show_images(page, [first, second])
@@ -537,7 +541,7 @@ def test_history_shows_only_own_images(tmp_path: Path) -> None:
     """They are deleted with everything else in the folders of their runs."""
     files = [tmp_path / f"run{k // 2}" / f"{k}.png" for k in range(MAX_KEPT + 1)]
     files += [tmp_path / "ben" / "ben.png"]
-    history = History(is_on=True)
+    history = History(is_on=True, uploads=tmp_path / "uploads")
     for file in files:
         file.parent.mkdir(exist_ok=True)
         file.touch()
@@ -553,9 +557,51 @@ def test_history_shows_only_own_images(tmp_path: Path) -> None:
     history.clear("anna")
     assert history.images("anna") == [] and list(tmp_path.iterdir()) == [of_ben.parent]
     assert len(history.images("ben")) == 1 and len(list(of_ben.parent.iterdir())) == 2
-    off = History(is_on=False)
+    off = History(is_on=False, uploads=tmp_path)
     off.add("anna", PageImage("anna.png", 1, ""))
     assert off.images("anna") == []
+
+
+def test_delete_all_removes_copies_and_results(tmp_path: Path) -> None:
+    session = WebSession(tmp_path, has_history=True)
+    upload = tmp_path / "uploads" / "0" / "image.png"
+    file = tmp_path / "run" / "image.png"
+    for path, content in ((upload, b"another image"), (file, b"an image")):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    copy = Path(save_file_to_cache(file, str(tmp_path / "uploads")))
+    session.history.add("anna", PageImage(str(file), 1, ""))
+    updates = click(session, "clear", "anna")
+    assert not file.exists() and not copy.exists() and upload.exists()
+    assert updates["past"] == updates["past_images"] == updates["images"] == []
+    assert not updates["gallery"].visible and not updates["actions"].visible
+
+
+def test_delete_all_while_images_are_generated(tmp_path: Path) -> None:
+    session = WebSession(tmp_path, has_history=True)
+    with gradio.Blocks():
+        page = build_layout(session)
+    values = {**SETTINGS, "preset": "mini", "num_images": 2, "visitor": "anna"}
+    message = ""
+    for updates in run_generation(session, page, values, lambda *_, **__: None):
+        if len(updates.get(page.parts["images"], [])) == 1:
+            session.history.clear("anna")
+        message = updates.get(page.parts["message"], message)
+    assert 'class="status"' in message
+    remaining = updates.get(page.parts["images"], [])
+    assert all(Path(image.file).exists() for image in remaining) and len(remaining) < 2
+
+
+def test_edited_image_is_not_masked_by_the_file_of_another(tmp_path: Path) -> None:
+    updates = click(WebSession(tmp_path), "edit_this", [PageImage("image.png", 1, "")], 0)
+    assert updates["edit_image"]["background"] == "image.png"
+    assert updates["mode"] == "edit" and updates["edit_mask"] is None
+
+
+def test_invented_person_is_generated_from_every_tab(tmp_path: Path) -> None:
+    updates = click(WebSession(tmp_path), "start")
+    assert updates["mode"] == "create" and updates["tabs"].selected == "create"
+    assert Image.open(updates["reference_images"][0]).size == (96, 96)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest, ModelSelection
 from openpulid.pipelines.request_inputs import Person
 from openpulid.web.masks import COLORS, split_colors
-from openpulid.web.regions import DRAWN, MASK_FILE
+from openpulid.web.regions import DRAWN, MASK_FILE, PERSON_PREFIXES
 from openpulid.web.restore import describe_files, read_values
 from openpulid.web.session import WebSession
 from openpulid.world.gallery import render_portrait
@@ -27,8 +27,10 @@ from tests.support.composer_files import TWO_PEOPLE, draw_person, link_miniature
 gradio = pytest.importorskip("gradio", reason="extra web is not installed", exc_type=ImportError)
 
 from openpulid.web.drawing import NOT_DRAWN, save_regions, show_edited_image  # noqa: E402
+from openpulid.web.events import connect  # noqa: E402
 from openpulid.web.layout import build_layout  # noqa: E402
 from openpulid.web.people import preview_faces, save_identity  # noqa: E402
+from openpulid.web.person_events import HIDE  # noqa: E402
 from openpulid.web.settings import select_method  # noqa: E402
 from tests.web.page_support import (  # noqa: E402
     SETTINGS,
@@ -257,6 +259,22 @@ def test_faces_are_counted_in_another_order(
     assert updates[page.parts["problem"]] is None
     values, _ = restore(request.model_copy(update={"num_images": 1}))
     assert values["face_order"] == "left-right" and values["face_index"] == 0
+
+
+@pytest.mark.parametrize("prefix", ["", *PERSON_PREFIXES])
+def test_saved_identity_is_hidden_when_the_person_changes(tmp_path: Path, prefix: str) -> None:
+    with gradio.Blocks() as blocks:
+        page = build_layout(WebSession(tmp_path))
+        connect(WebSession(tmp_path), page)
+    button = page.parts[prefix + "download"]
+    changes = {
+        target
+        for event in blocks.fns.values()
+        if event.outputs == [button] and event.js == HIDE
+        for target in event.targets
+    }
+    for name in ("reference_images", "identity_file", "face_index", "face_order"):
+        assert (page.values[prefix + name]._id, "change") in changes
 
 
 def test_order_needs_an_image(session: WebSession, tmp_path: Path) -> None:

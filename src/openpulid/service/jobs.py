@@ -7,6 +7,7 @@ from datetime import datetime
 from enum import Enum
 from pathlib import Path
 
+from openpulid.errors import PulidError, StoreError, is_out_of_memory
 from openpulid.pipelines.request import GenerationRequest
 
 
@@ -132,3 +133,8 @@ class StoredIdentity:
     created: datetime
     expires: datetime
     file: Path
+
+
+def is_service_problem(error: PulidError) -> bool:
+    """Whether an error is the fault of the service, which may run the same request later."""
+    return isinstance(error, StoreError) or is_out_of_memory(error)

@@ -11,6 +11,7 @@ from typing import Any
 from openpulid.io.files import make_folder
 from openpulid.io.temporary import private_directory
 from openpulid.pipelines.request import ModelSelection
+from openpulid.web.history import UPLOADS
 from openpulid.web.session import WebSession
 
 UPLOAD_VARIABLE = "GRADIO_TEMP_DIR"
@@ -30,7 +31,7 @@ def open_session(
     with (
         private_directory() as directory,
         _private_files(),
-        _upload_to(directory / "uploads"),
+        _upload_to(directory / UPLOADS),
     ):
         yield WebSession(directory, device, models, **options)
 

@@ -14,6 +14,7 @@ from openpulid.web.components import Page
 from openpulid.web.drawing import fit_canvas
 from openpulid.web.file_lines import add_lines
 from openpulid.web.handlers import PRIVATE
+from openpulid.web.results import RESULTS, remove_results
 from openpulid.web.session import WebSession
 from openpulid.web.settings import restore_settings, select_method, select_preset
 from openpulid.web.updates import PageImage
@@ -99,13 +100,14 @@ def _connect_history(
     def select(images: list[PageImage], event: gr.SelectData) -> dict[Any, Any]:
         return restore(images[event.index].file)
 
-    def clear(key: str | None) -> tuple[list[tuple[str, str]], list[PageImage]]:
+    def clear(key: str | None) -> dict[Any, Any]:
         session.history.clear(key)
-        return [], []
+        return {past: [], shown: [], **remove_results(page)}
 
     parts["history"].select(show, visitor, [past, shown], **PRIVATE)
     past.select(select, shown, [*page.values.values(), *parts.values()], **PRIVATE)
-    parts["clear"].click(clear, visitor, [past, shown], **PRIVATE)
+    results = [parts[name] for name in RESULTS]
+    parts["clear"].click(clear, visitor, [past, shown, *results], **PRIVATE)
 
 
 def _connect_lines(page: Page) -> None:

@@ -50,6 +50,7 @@ def generate_images(
     before = save_original(session, inputs, request, directory)
 
     def save(image: Image.Image, shown: GenerationRequest) -> None:
+        directory.mkdir(exist_ok=True)  # the visitor may have deleted all images meanwhile
         file = save_generated(image, shown, directory, fingerprints, signer=session.signer)
         caption = f"seed {shown.seed}" + ("" if shown.people else ", no identity")
         images.append(PageImage(str(file), shown.seed, caption, before))

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
+
+import gradio as gr
 
 from openpulid.web.components import Page
 from openpulid.web.handlers import PRIVATE, STUDIO, named_handler
@@ -45,11 +48,18 @@ def connect_generation(session: WebSession, page: Page) -> None:
     names = ["job", "visitor", *page.values]
     inputs = [parts["job"], parts["visitor"], *page.values.values()]
     buttons = [parts["generate"], parts["stop"]]
+    values = page.values
+
+    def start() -> dict[Any, Any]:
+        return {
+            values["reference_images"]: invent_person(session.directory),
+            # the button is also shown next to the other tabs, which do not use this person
+            values["mode"]: "create",
+            parts["tabs"]: gr.Tabs(selected="create"),
+        }
+
     invented = parts["start"].click(
-        partial(invent_person, session.directory),
-        None,
-        page.values["reference_images"],
-        **PRIVATE,
+        start, None, [values["reference_images"], values["mode"], parts["tabs"]], **PRIVATE
     )
     handler = named_handler(partial(run_generation, session, page), names, progress=True)
     begin = BEGIN.format(num_marks=len(marks(page)))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import gradio as gr
+
 from openpulid.web.components import Page
 from openpulid.web.drawing import save_regions, show_edited_image
 from openpulid.web.handlers import PRIVATE, STUDIO, named_handler
@@ -21,6 +23,9 @@ SHOW_REGION = f"""(region) => [
   {{__type__: "update", visible: region === "{MASK_FILE}"}},
 ]"""
 """Open the drawing, or show the component for a mask file, as the region of a person needs it."""
+
+HIDE = '() => ({__type__: "update", visible: false})'
+"""Hide the button for the identity file, which is that of another person now."""
 
 
 def connect_people(session: WebSession, page: Page) -> None:
@@ -57,6 +62,8 @@ def _connect_person(session: WebSession, page: Page, prefix: str) -> None:
             **({"api_name": API_NAMES[name]} if not prefix else PRIVATE),
         )
         clicked.then(partial(show_problem, page), parts["problem"], mark_outputs(page), **PRIVATE)
+    changes = [component.change for component in inputs]
+    gr.on(changes, None, None, parts[prefix + "download"], js=HIDE, **PRIVATE)
 
 
 def _connect_drawing(session: WebSession, page: Page) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,18 @@ from openpulid.web.components import Page
 from openpulid.web.history import ARCHIVE
 from openpulid.web.updates import PageImage
 
+RESULTS = ("gallery", "images", "actions", "compare", "download_all", "welcome")
+"""Names of the components that `remove_results` changes."""
+
 
 def show_images(page: Page, images: Sequence[PageImage]) -> dict[Any, Any]:
     """Show images in place of the previous ones, which cannot be selected any more."""
+    images = list_present(images)
     files = [(image.file, image.caption) for image in images]
     updates = {
         page.parts["gallery"]: gr.Gallery(value=files, visible=True),
         page.parts["welcome"]: gr.Column(visible=False),
-        page.parts["images"]: list(images),
+        page.parts["images"]: images,
     }
     if len(images) == 1:
         updates[page.parts["selected"]] = 0
@@ -31,6 +36,7 @@ def finish(page: Page, images: Sequence[PageImage]) -> dict[Any, Any]:
     """Show all images with what can be done with them; without one, the previous ones stay."""
     parts = page.parts
     updates = {parts["live"]: gr.Image(value=None, visible=False)}
+    images = list_present(images)
     if not images:
         return updates
     return {
@@ -41,6 +47,29 @@ def finish(page: Page, images: Sequence[PageImage]) -> dict[Any, Any]:
         parts["compare"]: compare(images, 0),
         parts["download_all"]: zip_images(images),
     }
+
+
+def remove_results(page: Page) -> dict[Any, Any]:
+    """Show no images any more: the page is as at its start."""
+    parts = page.parts
+    return {
+        parts["gallery"]: gr.Gallery(value=None, visible=False),
+        parts["images"]: [],
+        parts["actions"]: gr.Row(visible=False),
+        parts["compare"]: gr.ImageSlider(value=None, visible=False),
+        parts["download_all"]: gr.DownloadButton(value=None),
+        parts["welcome"]: gr.Column(visible=True),
+    }
+
+
+def list_present(images: Sequence[PageImage]) -> list[PageImage]:
+    """Return the images with a file: a visitor may delete all images while others are computed."""
+    present = []
+    for image in images:
+        if Path(image.file).exists():
+            has_before = image.before is not None and Path(image.before).exists()
+            present.append(image if has_before else replace(image, before=None))
+    return present
 
 
 def compare(images: Sequence[PageImage], index: int) -> Any:
@@ -76,6 +105,7 @@ def connect_results(page: Page) -> None:
             parts["tabs"]: gr.Tabs(selected="edit"),
             values["mode"]: "edit",
             values["edit_image"]: canvas,
+            values["edit_mask"]: None,  # that of another image
         }
 
     private: dict[str, Any] = {"api_visibility": "private"}
@@ -84,6 +114,6 @@ def connect_results(page: Page) -> None:
     parts["edit_this"].click(
         edit,
         [images, selected],
-        [parts["tabs"], values["mode"], values["edit_image"]],
+        [parts["tabs"], values["mode"], values["edit_image"], values["edit_mask"]],
         **private,
     )

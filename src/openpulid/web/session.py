@@ -12,7 +12,7 @@ from openpulid.pipelines.weights import (
     find_installed_methods,
     find_installed_presets,
 )
-from openpulid.web.history import History
+from openpulid.web.history import UPLOADS, History
 
 if TYPE_CHECKING:
     from openpulid.identity.extractor import IdentityExtractor
@@ -52,7 +52,7 @@ class WebSession:
         self.directory = directory
         self.allow_paths = allow_paths
         self.signer = signer
-        self.history = History(has_history)
+        self.history = History(has_history, directory / UPLOADS)
         self.device = device
         self.models = models or ModelSelection()
         self._studio: Studio | None = None

@@ -227,6 +227,15 @@ def test_all_file_fields_are_known() -> None:
     assert fields == known
 
 
+def test_only_options_of_the_route_are_suggested(client: httpx.Client) -> None:
+    body = {"prompt": "portrait", "qualty": "high"}
+    suggested = "there is no option qualty (did you mean 'quality'?)."
+    check_problem(client.post("/v1/images/generations", json=body), 400, suggested)
+    body = {"prompt": "portrait", "quality": "high"}
+    problem = check_problem(client.post("/v1/jobs", json=body), 400)
+    assert problem["detail"] == "there is no option quality."
+
+
 @pytest.mark.parametrize("field", ["base", "adapter", "face_pack", "memory"])
 def test_models_are_chosen_by_the_server(client: httpx.Client, field: str) -> None:
     body = {"prompt": "portrait", "model": {"preset": "mini", field: "/etc/passwd"}}

@@ -227,6 +227,16 @@ def test_fal_and_replicate(client: httpx.Client) -> None:
     )
     named = {**fal, "image_size": "square_hd"}
     check_problem(client.post("/fal-ai/flux-pulid", json=named), 400, "1024x1024: width and height")
+    for size, sentence in (
+        (
+            "huge",
+            "image_size must be square_hd, square, portrait_4_3, portrait_16_9, landscape_4_3, "
+            "landscape_16_9, or an object with width and height, got 'huge'.",
+        ),
+        ({"width": "big", "height": 96}, "image_size.width must be a whole number, got 'big'."),
+    ):
+        answer = client.post("/fal-ai/flux-pulid", json={**fal, "image_size": size})
+        assert check_problem(answer, 400)["detail"] == sentence
     linked = {**fal, "reference_image_url": "https://example.org/a.png"}
     problem = check_problem(client.post("/fal-ai/flux-pulid", json=linked), 400)
     assert problem["detail"].startswith("reference_image_url must be a data: URL")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
-from openpulid.pipelines.request_fields import Prompt, RequestError, Side
+from openpulid.pipelines.request_fields import Prompt, RequestError, Side, quote
 from openpulid.pipelines.request_part import RequestPart
 from openpulid.service.api.fields import AnswerOptions, Fields, translate
 
@@ -78,6 +79,20 @@ class FalRequest(RequestPart):
     sync_mode: bool = False
     enable_safety_checker: bool | None = None
     model: str | None = None
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _read_size(cls, value: Any) -> Any:
+        """Check a size here: pydantic reports each kind of it, by the names of classes."""
+        if isinstance(value, Mapping):
+            return FalSize.model_validate(value)
+        if value is not None and value not in tuple(FAL_SIZES):
+            raise RequestError(
+                f"{{0}} must be {', '.join(FAL_SIZES)}, or an object with width and height, got "
+                f"{quote(value)}.",
+                "",
+            )
+        return value
 
     def to_answer_options(self) -> AnswerOptions:
         """Return how the images are returned."""

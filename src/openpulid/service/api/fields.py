@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -112,7 +112,9 @@ def split_answer_options(body: Mapping[str, Any]) -> tuple[AnswerOptions, dict[s
     return options, {name: value for name, value in body.items() if name not in names}
 
 
-def translate(body: Mapping[str, Any], aliases: Mapping[str, str] = ALIASES) -> Fields:
+def translate(
+    body: Mapping[str, Any], aliases: Mapping[str, str] = ALIASES, others: Iterable[str] = ()
+) -> Fields:
     """Translate the names of other programs into those of a `GenerationRequest`.
 
     A seed that is left out is drawn, so that each request gives other images.
@@ -120,6 +122,7 @@ def translate(body: Mapping[str, Any], aliases: Mapping[str, str] = ALIASES) -> 
     Args:
         body: the fields of a request.
         aliases: other name of a field -> its path.
+        others: further options of the route, which a misspelled name may mean.
 
     Raises:
         RequestError: a field is unknown, two fields set one option, or a size or a model is none.
@@ -127,7 +130,7 @@ def translate(body: Mapping[str, Any], aliases: Mapping[str, str] = ALIASES) -> 
     known = (*list_own_fields(), *OWN_FIELDS, *aliases, "model", "method", "size")
     for name in body:
         if name not in known:
-            choices = (*known, *AnswerOptions.model_fields)
+            choices = (*known, *others)
             raise RequestError(f"there is no option {{0}}{literal(suggest(name, choices))}.", name)
     own = {name: value for name, value in body.items() if name not in aliases}
     models = _read_models(own.pop("model", None), own.pop("method", None))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from openpulid.identity.identity import Identity
+from openpulid.io.temporary import private_directory
 from openpulid.pipelines.request import GenerationRequest, ModelSelection
 from openpulid.service.api.files import Content
 from openpulid.service.api.tensor_files import name_fields, place_file
@@ -26,7 +26,7 @@ def identify(engine: Engine, request: GenerationRequest, files: Mapping[str, Con
         PulidError: a file cannot be used. The message names its field.
     """
     person = request.people[0]
-    with TemporaryDirectory() as folder:
+    with private_directory() as folder:
         paths = {
             field: place_file(content, Path(folder, field)) for field, content in files.items()
         }

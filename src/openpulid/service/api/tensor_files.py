@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from openpulid.errors import PulidError
 from openpulid.identity.identity import Identity
+from openpulid.io.temporary import private_directory
 from openpulid.pipelines.add_ons import AddOns
 from openpulid.pipelines.embeddings import open_embedding
 from openpulid.pipelines.loras import open_lora
@@ -39,7 +39,7 @@ def read_tensor_files(
     fields = [field for field in files if field.endswith(TENSOR_FIELDS)]
     if not fields:
         return {}
-    with TemporaryDirectory() as folder:
+    with private_directory() as folder:
         paths = {field: place_file(files[field], Path(folder, field)) for field in fields}
         with name_fields(paths):
             placed = request.with_files(paths)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from openpulid.errors import PulidError, Stopped
 from openpulid.service.cluster.messages import Batch, Event, ResultEvent, StepEvent, name_sources
-from openpulid.service.jobs import Output, Task
+from openpulid.service.jobs import Task
 from openpulid.service.queue.dispatcher import PREVIEW_INTERVAL, STEP_INTERVAL
 from openpulid.service.queue.engine import LocalEngine
 from openpulid.service.store.jobs import TaskState
@@ -47,7 +47,9 @@ class BatchRun:
             with self._batch.files.write() as paths:
                 tasks = self._batch.localize(paths)
                 for task, result in self._engine.run(tasks, self._on_step):
-                    self._send(ResultEvent(self._position(task), _to_message(result, paths)))
+                    if isinstance(result, PulidError):
+                        result = name_sources(result, paths)
+                    self._send(ResultEvent(self._position(task), result))
         except Stopped:
             pass
         finally:
@@ -91,7 +93,3 @@ class BatchRun:
 def _key_of(task: Task) -> tuple[str, int]:
     """Return what tells a task from others in its batch."""
     return task.job_id, task.index
-
-
-def _to_message(result: Output | PulidError, paths: dict[str, str]) -> Output | str:
-    return name_sources(str(result), paths) if isinstance(result, PulidError) else result

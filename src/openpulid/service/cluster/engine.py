@@ -68,15 +68,15 @@ class RayEngine:
         for attempt in range(1, IDENTIFY_ATTEMPTS + 1):
             call = replicas.identify.remote(list(map(str, images)), files, face_index, face_order)
             try:
-                identity: Identity | str = call.result()
+                identity: Identity | PulidError = call.result()
             except (RayError, RayServeException) as error:
                 logger.warning("a replica has ended: %s", error)
                 if attempt == IDENTIFY_ATTEMPTS:
                     raise
             else:
                 break
-        if isinstance(identity, str):
-            raise PulidError(identity)
+        if isinstance(identity, PulidError):
+            raise identity
         return identity
 
     def run(self, tasks: Sequence[Task], on_step: OnStep) -> Iterator[tuple[Task, Result]]:
@@ -108,7 +108,7 @@ class RayEngine:
                 if isinstance(event, ResultEvent):
                     open_positions.discard(event.position)
                     last = StepEvent(sorted(open_positions), 0, 0)
-                    yield batch.tasks[event.position], _to_result(event)
+                    yield batch.tasks[event.position], event.result
                     continue
                 # while nothing happens, the last step is reported again: `on_step` may stop it
                 last = event or last
@@ -132,10 +132,6 @@ class RayEngine:
 
 def _read_inputs(task: Task) -> dict[str, bytes]:
     return {path: Path(path).read_bytes() for _, path in list_inputs(task.request)}
-
-
-def _to_result(event: ResultEvent) -> Result:
-    return PulidError(event.result) if isinstance(event.result, str) else event.result
 
 
 def _find_preview(

@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from PIL import Image
 
-from openpulid.service.jobs import Output, Task
+from openpulid.errors import PulidError, StoreError
+from openpulid.io.temporary import private_directory
+from openpulid.service.jobs import Output, Task, is_service_problem
 from openpulid.service.store.records import list_inputs
 
 
@@ -41,11 +42,11 @@ class ResultEvent:
 
     Attributes:
         position: in the batch.
-        result: the image, or one sentence that says why there is none.
+        result: the image, or why there is none.
     """
 
     position: int
-    result: Output | str
+    result: Output | PulidError
 
 
 Event = StepEvent | ResultEvent
@@ -68,7 +69,7 @@ class SentFiles:
         Yields:
             Path on the first machine -> path on this one.
         """
-        with TemporaryDirectory(prefix="pulid-") as folder:
+        with private_directory() as folder:
             paths = {}
             for number, (source, content) in enumerate(self.contents.items()):
                 path = Path(folder, str(number), Path(source).name)
@@ -78,11 +79,22 @@ class SentFiles:
             yield paths
 
 
-def name_sources(sentence: str, paths: Mapping[str, str]) -> str:
-    """Return a message with the files' names on the machine that has sent them."""
+def name_sources(error: PulidError, paths: Mapping[str, str]) -> PulidError:
+    """Return an error with the files' names on the machine that has sent them.
+
+    Its cause stays here: other machines may lack the library that has raised it.
+
+    Args:
+        error: the error.
+        paths: of `SentFiles.write`.
+
+    Returns:
+        A `StoreError` if the service is the cause, otherwise a `PulidError`.
+    """
+    sentence = str(error)
     for source, path in paths.items():
         sentence = sentence.replace(path, source)
-    return sentence
+    return StoreError(sentence) if is_service_problem(error) else PulidError(sentence)
 
 
 @dataclass(frozen=True)

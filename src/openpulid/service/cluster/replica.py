@@ -59,7 +59,7 @@ class Replica:
 
     async def identify(
         self, images: Sequence[str], files: SentFiles, face_index: int | None, face_order: str
-    ) -> Identity | str:
+    ) -> Identity | PulidError:
         """Extract the identity of one person, see `Studio.identify`.
 
         Args:
@@ -69,17 +69,17 @@ class Replica:
             face_order: see `Studio.identify`.
 
         Returns:
-            The identity, or one sentence that says why there is none.
+            The identity, or why there is none.
         """
         models = ModelSelection.model_validate_json(serve.get_multiplexed_model_id())
 
-        def work() -> Identity | str:
+        def work() -> Identity | PulidError:
             with files.write() as paths:
                 local = [Path(paths[image]) for image in images]
                 try:
                     return self._engine.identify(models, local, face_index, face_order)
                 except PulidError as error:
-                    return name_sources(str(error), paths)
+                    return name_sources(error, paths)
 
         with suppress(PulidError):  # `identify` raises it again
             await self.load()

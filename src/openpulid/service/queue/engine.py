@@ -6,12 +6,13 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
 from PIL import Image
 
-from openpulid.errors import PulidError, Stopped, explain_out_of_memory
+from openpulid.errors import PulidError, Stopped, StoreError, explain_out_of_memory
 from openpulid.identity.extractor import IdentityExtractor
 from openpulid.identity.identity import Identity
 from openpulid.identity.reference import ReferenceFaces
@@ -29,6 +30,7 @@ from openpulid.service.jobs import Output, Task
 logger = logging.getLogger(__name__)
 
 UNEXPECTED = "the service could not run this job; its administrator finds the reason in the log."
+NOT_LOADED = "the models of this preset cannot be loaded now; try again later."
 MEMORY_ADVICE = "try a smaller size"
 
 OnStep = Callable[[Sequence[Task], int, int, Callable[[int], Image.Image]], None]
@@ -135,8 +137,9 @@ class LocalEngine:
         last that were loaded alone.
         """
         with explain_out_of_memory(MEMORY_ADVICE):
-            faces = ReferenceFaces.detect(self._find_extractor(models), images)
-            return faces.identity(face_index, face_order)
+            with _explain_failed_load():
+                extractor = self._find_extractor(models)
+            return ReferenceFaces.detect(extractor, images).identity(face_index, face_order)
 
     def run(self, tasks: Sequence[Task], on_step: OnStep) -> Iterator[tuple[Task, Result]]:
         """Generate the images of tasks of equal batch key, see `Engine.run`.
@@ -145,8 +148,9 @@ class LocalEngine:
         """
         with self._device_lock:
             try:
-                studio = self.studio(tasks[0].request.model or ModelSelection())
-            except PulidError as error:
+                with _explain_failed_load():
+                    studio = self.studio(tasks[0].request.model or ModelSelection())
+            except StoreError as error:
                 yield from ((task, error) for task in tasks)
                 return
             ready: list[Row] = []
@@ -183,6 +187,20 @@ class LocalEngine:
         if models not in self._presets:
             self._presets[models] = resolve_preset(models)
         return self._presets[models]
+
+
+@contextmanager
+def _explain_failed_load() -> Iterator[None]:
+    """Log why models cannot be loaded: no client can change it, and the reason names files.
+
+    Raises:
+        StoreError: they cannot be loaded.
+    """
+    try:
+        yield
+    except PulidError as error:
+        logger.error("models cannot be loaded: %s", error)
+        raise StoreError(NOT_LOADED) from error
 
 
 def _open_inputs(studio: Studio, task: Task) -> RequestInputs:

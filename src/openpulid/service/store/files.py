@@ -21,6 +21,9 @@ MARKER = ".openpulid-service"
 FOLDER_MODE = 0o700
 FILE_MODE = 0o600
 
+FREE_BYTES = 256 << 20
+"""Space on the disk below which nothing is accepted."""
+
 ORPHAN_AGE = 3600
 """Seconds. The files of a job that is being submitted have no record yet, but are younger."""
 

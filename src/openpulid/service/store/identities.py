@@ -14,6 +14,8 @@ from openpulid.errors import IdentityError, StoreError
 from openpulid.service.jobs import StoredIdentity
 from openpulid.service.store.database import Database
 from openpulid.service.store.files import (
+    FREE_BYTES,
+    check_free_space,
     make_private_folder,
     plain_errors,
     remove_file,
@@ -36,6 +38,7 @@ class IdentityStore:
         database: of `Database.open`.
         folder: the data folder.
         lifetime: seconds for which an identity is kept.
+        free_bytes: space on the disk below which no identity is stored.
         clock: the time in seconds since 1970.
     """
 
@@ -44,11 +47,13 @@ class IdentityStore:
         database: Database,
         folder: Path,
         lifetime: float = 30 * DAY,
+        free_bytes: int = FREE_BYTES,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
         self._folder = folder.absolute() / "identities"
         self._lifetime = lifetime
+        self._free_bytes = free_bytes
         self._clock = clock
         make_private_folder(self._folder)
 
@@ -58,6 +63,7 @@ class IdentityStore:
         Raises:
             StoreError: the disk is full, or the database is not available.
         """
+        check_free_space(self._folder, self._free_bytes)
         identity_id = f"identity-{secrets.token_hex(16)}"
         file = self._file(identity_id)
         now = self._clock()

@@ -21,11 +21,12 @@ from sqlalchemy import ColumnElement, Connection, delete, func, select, update
 from openpulid.errors import OptionError, PulidError, QueueFullError, StoreError
 from openpulid.io.lock import lock_directory
 from openpulid.pipelines.request import GenerationRequest
-from openpulid.service.jobs import Job, JobStatus, Output, Task
+from openpulid.service.jobs import Job, JobStatus, Output, Task, is_service_problem
 from openpulid.service.store import transitions
 from openpulid.service.store.database import Database
 from openpulid.service.store.fairness import WaitingJob, choose_batch, count_before
 from openpulid.service.store.files import (
+    FREE_BYTES,
     check_free_space,
     make_private_folder,
     remove_file,
@@ -52,7 +53,7 @@ class QueueLimits:
     jobs: int = 1000
     jobs_per_owner: int = 100
     lifetime: float = 24 * 3600
-    free_bytes: int = 256 << 20
+    free_bytes: int = FREE_BYTES
     interruptions: int = 5
 
 
@@ -300,7 +301,7 @@ class JobStore:
 
         Args:
             task: the task.
-            problem: a `StoreError` is the fault of the service, any other that of the request.
+            problem: the fault of the service or of the request, see `is_service_problem`.
 
         Returns:
             Whether the claim was still valid; otherwise nothing happens.
@@ -354,7 +355,7 @@ class JobStore:
         self._requeue_interrupted(tasks.c.worker == worker)
 
     def expire(self) -> None:
-        """Remove jobs whose time is over, and folders that crashes have left."""
+        """Remove jobs whose time is over, and files that crashes have left."""
         expired = jobs.c.expires <= self._clock()
         with self._database.write() as connection:
             names = connection.execute(select(jobs.c.id).where(expired)).scalars().all()
@@ -362,8 +363,11 @@ class JobStore:
         for job_id in names:
             self._folder(job_id).remove()
         with self._database.read() as connection:
-            stored = set(connection.execute(select(jobs.c.id)).scalars())
-        remove_orphans(self._jobs_folder, stored)
+            rows = connection.execute(select(jobs.c.id, jobs.c.status)).all()
+        remove_orphans(self._jobs_folder, {row.id for row in rows})
+        for row in rows:
+            if row.status not in transitions.UNFINISHED:
+                self._folder(row.id).remove_inputs()
 
     def _requeue_interrupted(self, condition: ColumnElement[bool]) -> None:
         with self._database.write() as connection:
@@ -396,13 +400,12 @@ class JobStore:
 
     def _fail(self, connection: Connection, job_id: str, problem: PulidError) -> None:
         sentence = str(problem).replace(f"{self._folder(job_id).inputs}/", "")
-        is_service_problem = isinstance(problem, StoreError)
         self._end(
             connection,
             job_id,
             JobStatus.FAILED,
             problem=sentence,
-            is_service_problem=is_service_problem,
+            is_service_problem=is_service_problem(problem),
         )
 
     def _requeue(self, connection: Connection, condition: ColumnElement[bool]) -> list[str]:

@@ -13,7 +13,7 @@ from openpulid.service.api.answers import ImagesAnswer, describe_images
 from openpulid.service.api.bodies import Body, read_body
 from openpulid.service.api.context import ApiContext, Context, CountedOwner
 from openpulid.service.api.events import EVENT_STREAM, stream_images
-from openpulid.service.api.fields import split_answer_options, translate
+from openpulid.service.api.fields import AnswerOptions, split_answer_options, translate
 from openpulid.service.api.openapi import describe_body
 from openpulid.service.api.people import (
     EDIT_FIELDS,
@@ -77,7 +77,7 @@ async def _generate(
     convert: partial[None] | None = None,
 ) -> ImagesAnswer | Response:
     options, data = split_answer_options(body.data)
-    fields = translate(data)
+    fields = translate(data, others=AnswerOptions.model_fields)
     if kind == "image_edit":
         fields.names.update(rename_person(EDIT_FIELDS))
     job = await context.submitter.submit(owner, body, fields, convert)
