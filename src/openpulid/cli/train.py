@@ -105,7 +105,7 @@ def train(
     ] = False,
 ) -> None:
     """Train an adapter by a named recipe, or continue its run."""
-    from openpulid.training.pulid import find_recipe
+    from openpulid.training.pulid import check_processes, find_recipe
 
     settings = find_recipe(recipe)
     changed = _change(
@@ -123,7 +123,9 @@ def train(
     if plan:
         _print_plan(changed)
         return
-    _check_processes(changed, is_sharded=shard and not settings.is_miniature)
+    batches = {"--batch": changed.batch, "--few-step-batch": changed.few_step_batch}
+    # now: the first step is hours later, after the detection of all faces
+    check_processes(batches, changed.accumulate, is_sharded=shard and not settings.is_miniature)
     run_dir = out or Path("runs") / recipe
 
     if settings.is_miniature:
@@ -272,21 +274,3 @@ def _check_batches(recipe: Recipe) -> None:
                 f"{option} {size} cannot be divided into {recipe.accumulate} micro-batches of "
                 "--accumulate: choose a multiple."
             )
-
-
-def _check_processes(recipe: Recipe, *, is_sharded: bool) -> None:
-    """Check that the processes can share the batches: faces are detected before the first step.
-
-    Raises:
-        OptionError: they cannot, or a single process shards.
-    """
-    from openpulid.training.distributed import count_processes
-    from openpulid.training.rng import check_shared
-    from openpulid.training.sharding import check_several
-
-    num_processes = count_processes()
-    if is_sharded:
-        check_several(num_processes)
-    parts = num_processes * recipe.accumulate
-    check_shared(recipe.batch, parts, "--batch")
-    check_shared(recipe.few_step_batch, parts, "--few-step-batch")

@@ -7,7 +7,7 @@ so checkpoints do not depend on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from openpulid.errors import OptionError
-from openpulid.training.distributed import DistributedContext
+from openpulid.training.distributed import DistributedContext, count_processes
+from openpulid.training.rng import check_shared
 
 
 def check_several(num_processes: int) -> None:
@@ -25,6 +26,24 @@ def check_several(num_processes: int) -> None:
             "a base model can only be sharded over several processes: start the training with "
             "accelerate launch or torchrun, or leave out --shard."
         )
+
+
+def check_processes(batches: Mapping[str, int], accumulate: int, *, is_sharded: bool) -> None:
+    """Check that the processes of a run can share its batches, before anything is loaded.
+
+    Args:
+        batches: name -> global batch size.
+        accumulate: micro-batches per step.
+        is_sharded: whether the processes share the frozen networks.
+
+    Raises:
+        OptionError: they cannot share a batch, or there is a single process that shards.
+    """
+    num_processes = count_processes()
+    if is_sharded:
+        check_several(num_processes)
+    for name, size in batches.items():
+        check_shared(size, num_processes * accumulate, name)
 
 
 def shard_network(network: Any, blocks: Iterable[nn.Module]) -> None:

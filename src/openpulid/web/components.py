@@ -50,6 +50,23 @@ class Page:
         self.panels[place] = panels
 
 
+RESULTS = ("gallery", "images", "actions", "compare", "download_all", "welcome")
+"""Names of the components that `remove_results` changes."""
+
+
+def remove_results(page: Page) -> dict[Any, Any]:
+    """Show no images any more: the page is as at its start."""
+    parts = page.parts
+    return {
+        parts["gallery"]: gr.Gallery(value=None, visible=False),
+        parts["images"]: [],
+        parts["actions"]: gr.Row(visible=False),
+        parts["compare"]: gr.ImageSlider(value=None, visible=False),
+        parts["download_all"]: gr.DownloadButton(value=None),
+        parts["welcome"]: gr.Column(visible=True),
+    }
+
+
 def mark_name(place: str) -> str:
     """Return the name of the component for errors in a place."""
     return f"{place}_mark"

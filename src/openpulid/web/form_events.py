@@ -10,11 +10,10 @@ from typing import Any
 import gradio as gr
 
 from openpulid.web import prompts
-from openpulid.web.components import Page
+from openpulid.web.components import RESULTS, Page, remove_results
 from openpulid.web.drawing import fit_canvas
 from openpulid.web.file_lines import add_lines
 from openpulid.web.handlers import PRIVATE
-from openpulid.web.results import RESULTS, remove_results
 from openpulid.web.session import WebSession
 from openpulid.web.settings import restore_settings, select_method, select_preset
 from openpulid.web.updates import PageImage

@@ -14,9 +14,6 @@ from openpulid.web.components import Page
 from openpulid.web.history import ARCHIVE
 from openpulid.web.updates import PageImage
 
-RESULTS = ("gallery", "images", "actions", "compare", "download_all", "welcome")
-"""Names of the components that `remove_results` changes."""
-
 
 def show_images(page: Page, images: Sequence[PageImage]) -> dict[Any, Any]:
     """Show images in place of the previous ones, which cannot be selected any more."""
@@ -46,19 +43,6 @@ def finish(page: Page, images: Sequence[PageImage]) -> dict[Any, Any]:
         parts["actions"]: gr.Row(visible=True),
         parts["compare"]: compare(images, 0),
         parts["download_all"]: zip_images(images),
-    }
-
-
-def remove_results(page: Page) -> dict[Any, Any]:
-    """Show no images any more: the page is as at its start."""
-    parts = page.parts
-    return {
-        parts["gallery"]: gr.Gallery(value=None, visible=False),
-        parts["images"]: [],
-        parts["actions"]: gr.Row(visible=False),
-        parts["compare"]: gr.ImageSlider(value=None, visible=False),
-        parts["download_all"]: gr.DownloadButton(value=None),
-        parts["welcome"]: gr.Column(visible=True),
     }
 
 

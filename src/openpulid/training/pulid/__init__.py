@@ -30,6 +30,7 @@ from openpulid.training.pulid.train import (
     prepare_run_dir,
     train_adapter,
 )
+from openpulid.training.sharding import check_processes
 
 __all__ = [
     "ADAPTER_FILE",
@@ -51,6 +52,7 @@ __all__ = [
     "Validation",
     "build_adapter",
     "check_init_adapter",
+    "check_processes",
     "diffusion_branch",
     "drop_captions",
     "drop_identity",
