@@ -66,6 +66,13 @@ def test_labels_are_left_out_where_points_are_close() -> None:
     assert [text.get_text() for text in figure.axes[0].texts] == ["0.3", "1"]
 
 
+def test_a_single_person_has_no_intervals() -> None:
+    pytest.importorskip("matplotlib")
+    columns = {"face_sim": Interval(0.3), "outside_face": Interval(0.04)}
+    figure = build_figure([Row("pulid", columns, scale=1.0)])
+    assert figure is not None and figure.axes[0].get_xlim()[0] == pytest.approx(0.044)
+
+
 def test_large_changes_are_logarithmic() -> None:
     pytest.importorskip("matplotlib")
     small = build_figure([build_row(BASE, change=0.01), build_row("pulid", change=0.03)])

@@ -232,7 +232,9 @@ def flux_folder(folder: Path, flux_pipe: Any) -> Path:
             tensors[f"{name}.bias"] = torch.randn(width, generator=random)
     save_file(tensors, folder / hub.WEIGHTS["ip-adapter-flux"].file)
     encoder = {name: x.contiguous() for name, x in tower().state_dict().items()}
-    save_file(encoder, folder / hub.WEIGHTS["clip-l"].file)
+    weight = hub.WEIGHTS["clip-l"]
+    (folder / weight.folder).mkdir()
+    save_file(encoder, folder / weight.folder / weight.file)
     return folder
 
 

@@ -75,7 +75,9 @@ def build_figure(rows: Sequence[Row]) -> Figure | None:
     if not HIGHER_IS_BETTER[metric]:
         # a method that changes everything would leave no room for the others
         axes.set_xscale("symlog", linthresh=LINEAR_CHANGE, linscale=2)
-        limit = 1.1 * max(row.columns[metric].high for row in points)
+        changes = [row.columns[metric] for row in points]
+        # a single person has no interval
+        limit = 1.1 * max(x.mean if math.isnan(x.high) else x.high for x in changes)
         axes.set_xlim(limit, -0.05 * LINEAR_CHANGE)
         ticks = [x for x in CHANGE_TICKS if x <= limit]
         axes.set_xticks(ticks, [f"{x:g}" for x in ticks])

@@ -124,7 +124,6 @@ def train(
         _print_plan(changed)
         return
     batches = {"--batch": changed.batch, "--few-step-batch": changed.few_step_batch}
-    # now: the first step is hours later, after the detection of all faces
     check_processes(batches, changed.accumulate, is_sharded=shard and not settings.is_miniature)
     run_dir = out or Path("runs") / recipe
 
