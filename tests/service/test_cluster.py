@@ -6,6 +6,7 @@ Their order is the life of one cluster.
 from __future__ import annotations
 
 import base64
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -63,11 +64,18 @@ def accepted(store: JobStore) -> list[str]:
     return [submit(store, seed, steps=LONG) for seed in (1, 2)]
 
 
+def find_port() -> int:
+    """Find a free port that no outgoing connection gets: Ray opens many before it binds this."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_000):
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise OSError("no port is free")
+
+
 @pytest.fixture(scope="module")
 def url(data: Path, accepted: list[str]) -> Iterator[str]:
     """Address of a service with two replicas, and only one while no batch waits."""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = find_port()
     with pytest.MonkeyPatch.context() as patch:
         for name, value in ENVIRONMENT.items():
             patch.setenv(name, value)
@@ -158,7 +166,7 @@ def test_cancelled_jobs_free_their_replicas(
         store.cancel("local", job_id)
     start = time.monotonic()
     assert wait(store, submit(store), is_final).status == JobStatus.COMPLETED
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20  # the cancelled ones would take minutes
     for job_id in accepted:
         assert wait(store, job_id, is_final).step < LONG and not published(data, job_id)
 
