@@ -338,6 +338,12 @@ def test_other_runs_and_invalid_settings_raise(tmp_path):
     run(Regression(), named, tmp_path / "named")
     with pytest.raises(TrainingError, match="a run of stage1, not of stage2"):
         run(Regression(), replace(named, name="stage2"), tmp_path / "named")
+    continued = TrainerConfig(steps=3, lr=1e-2, inputs={"--base": "12", "--begin": "34"})
+    run(Regression(), continued, tmp_path / "continued")
+    for inputs in ({"--base": "12", "--begin": "56"}, {"--base": "12"}):
+        with pytest.raises(TrainingError, match="is a run with another --begin: use the same"):
+            run(Regression(), replace(continued, inputs=inputs), tmp_path / "continued")
+    run(Regression(), continued, tmp_path / "continued")
     other = Regression()
     other.net[0] = nn.Linear(4, 9)
     with pytest.raises(TrainingError, match="another model"):

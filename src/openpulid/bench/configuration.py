@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from openpulid.bench.run_dir import BASE
 from openpulid.bench.tuned import TunedPreset
-from openpulid.io.checkpoints import fingerprint
+from openpulid.io.checkpoints import hash_weights
 from openpulid.pipelines.model_set import NETWORK_FOLDERS
 from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.weights import resolve_path
@@ -18,7 +17,6 @@ from openpulid.pipelines.weights import resolve_path
 OPTIONS = ("num_inference_steps", "guidance_scale", "negative_prompt", "width", "height")
 BASE_PARTS = ("pipeline", "unet", "transformer", "few_step_lora")
 METHOD_PARTS = ("detector", "recognition", "face_parsing", "vision_encoder")
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt")
 
 
 def describe_configuration(
@@ -69,18 +67,3 @@ def _hash_adapter(preset: Preset) -> list[str]:
     if network is not None and path.is_file() and (path.parent / network).is_dir():
         hashes += hash_weights(path.parent / network)
     return hashes
-
-
-def hash_weights(path: Path) -> list[str]:
-    """Hash a file of weights, or all weights in a folder and its subfolders.
-
-    Raises:
-        OSError: the path does not exist.
-    """
-    if not path.is_dir():
-        return [fingerprint(path)]
-    # unlike "**", these patterns follow a subfolder that is a symbolic link
-    files = sorted([*path.glob("*"), *path.glob("*/*")])
-    return [
-        fingerprint(file) for file in files if file.suffix in WEIGHT_SUFFIXES and file.is_file()
-    ]

@@ -43,6 +43,7 @@ PART_SIZE = 1 << 28
 """Bytes of a large file that are mapped at a time."""
 SAMPLE_SIZE = 1 << 16
 """Bytes per sample when a large file is fingerprinted."""
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt")
 
 
 def save_module(
@@ -391,6 +392,21 @@ def fingerprint(
             file.seek(index * (size - SAMPLE_SIZE) // (num_samples - 1))
             digest.update(file.read(SAMPLE_SIZE))
     return f"sampled-{digest.hexdigest()}"
+
+
+def hash_weights(path: Path) -> list[str]:
+    """Return the fingerprint of a weights file, or those of a folder and its subfolders.
+
+    Raises:
+        OSError: the path does not exist.
+    """
+    if not path.is_dir():
+        return [fingerprint(path)]
+    # unlike "**", these patterns follow a subfolder that is a symbolic link
+    files = sorted([*path.glob("*"), *path.glob("*/*")])
+    return [
+        fingerprint(file) for file in files if file.suffix in WEIGHT_SUFFIXES and file.is_file()
+    ]
 
 
 def module_fingerprint(module: nn.Module) -> str:

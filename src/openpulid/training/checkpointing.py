@@ -195,6 +195,7 @@ class RunIdentity:
     name: str
     seed: int
     optimizer: str
+    inputs: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -278,6 +279,13 @@ class Checkpointer:
                 f"{self.path} was trained with {stored.optimizer}, not {self.config.optimizer}: "
                 "use that optimizer, or another run directory."
             )
+        options = sorted({*stored.inputs, *self.config.inputs})
+        for option in options:
+            if stored.inputs.get(option) != self.config.inputs.get(option):
+                raise TrainingError(
+                    f"{self.path} is a run with another {option}: use the same weights, choose "
+                    "another run directory, or start again with --fresh."
+                )
         # the planned end stays only while the time budget stays
         keeps_end = self.minutes is not None and self.minutes == facts.minutes
         progress.total = min(progress.total, self.config.steps) if keeps_end else self.config.steps

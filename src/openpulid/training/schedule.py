@@ -35,6 +35,7 @@ class TrainerConfig:
 
     Attributes:
         lr_scales: name of a module of the task -> factor of its learning rate; 1 for all others.
+        inputs: option -> fingerprint of the weights it names, with which a run must be continued.
 
     Raises:
         OptionError: a number is out of its limits, or there is no such optimizer.
@@ -59,6 +60,7 @@ class TrainerConfig:
     save_minutes: float = 3.0
     bf16: bool = True  # losses and validation under bfloat16 autocast
     lr_scales: Mapping[str, float] = field(default_factory=dict)
+    inputs: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_limits(self, LIMITS)

@@ -29,6 +29,7 @@ from openpulid.training.pulid import (
     Recipe,
     Validation,
     build_adapter,
+    hash_init_adapter,
     prepare_run_dir,
     train_adapter,
 )
@@ -114,6 +115,7 @@ def train(
             held_out, load_scorer(weights, torch_device), lambda: draw_sheet(studio)
         ),
         minutes=minutes,
+        inputs=hash_init_adapter(init_adapter),
         **loss_models,
     )
     return adapter, result

@@ -27,6 +27,7 @@ from openpulid.training.pulid.train import (
     ADAPTER_FILE,
     build_adapter,
     check_init_adapter,
+    hash_init_adapter,
     prepare_run_dir,
     train_adapter,
 )
@@ -57,6 +58,7 @@ __all__ = [
     "drop_captions",
     "drop_identity",
     "find_recipe",
+    "hash_init_adapter",
     "loss_weight_map",
     "prepare_run_dir",
     "save_adapter",

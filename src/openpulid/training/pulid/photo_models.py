@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -13,6 +13,7 @@ from openpulid.device import training_dtype
 from openpulid.faces.arcface import build_face_embedder, load_arcface_ir_se50
 from openpulid.faces.embed import FaceEmbedder
 from openpulid.identity.photo_extractor import PhotoExtractor
+from openpulid.io.checkpoints import fingerprint, hash_weights
 from openpulid.pipelines.factory import (
     load_extractor,
     load_pipeline,
@@ -21,6 +22,7 @@ from openpulid.pipelines.factory import (
 )
 from openpulid.pipelines.lora_loading import fuse_lora
 from openpulid.pipelines.loras import open_lora
+from openpulid.pipelines.presets import Preset
 from openpulid.pipelines.request_inputs import Lora
 from openpulid.pipelines.selection import resolve_preset
 from openpulid.training.pulid.models import BaseModel
@@ -39,12 +41,14 @@ class TrainingModels:
         extractor: extracts the identities.
         few_step_models: models of the lightning branch, used in round-robin order.
         face_embedder: embeds faces for the ID loss.
+        hashes: option -> fingerprint of the weights it names.
     """
 
     base: BaseModel
     extractor: PhotoExtractor
     few_step_models: Sequence[BaseModel] = ()
     face_embedder: FaceEmbedder | None = None
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def feature_widths(self) -> dict[str, int]:
@@ -110,4 +114,18 @@ def load_models(
         embedder = build_face_embedder(
             extractor.detection.detector, load_arcface_ir_se50(id_loss_file, device)
         )
-    return TrainingModels(models[0], extractor, models[1:], embedder)
+    hashes = {"--base": _hash_bases(presets[:1]), "--few-step-model": _hash_bases(presets[1:])}
+    if lora is not None:
+        hashes["--few-step-lora"] = fingerprint(lora.path)
+    return TrainingModels(models[0], extractor, models[1:], embedder, hashes)
+
+
+def _hash_bases(presets: Sequence[Preset]) -> str:
+    """Return the fingerprints of the networks of some presets."""
+    sources = [
+        source
+        for preset in presets
+        for source in (preset.models.pipeline, preset.models.unet, preset.models.transformer)
+        if source
+    ]
+    return " ".join(value for source in sources for value in hash_weights(resolve_path(source)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from openpulid.errors import OptionError, WeightsError
 from openpulid.faces.embed import FaceEmbedder
-from openpulid.io.checkpoints import load_state
+from openpulid.io.checkpoints import fingerprint, load_state
 from openpulid.io.lock import check_directory
 from openpulid.methods.pulid import ENCODERS, IDFormer, PuLID, PuLIDFlux, transfer_adapter
 from openpulid.training.checkpointing import CHECKPOINT
@@ -135,6 +136,11 @@ def check_init_adapter(recipe: Recipe, init_adapter: Path | None) -> None:
         )
 
 
+def hash_init_adapter(init_adapter: Path | None) -> dict[str, str]:
+    """Return the entry of the adapter that a run continues, for `TrainerConfig.inputs`."""
+    return {} if init_adapter is None else {"--begin": fingerprint(init_adapter)}
+
+
 _TOKEN_WIDTH = {"IDEncoder": "context_dim", "IDFormer": "output_dim"}
 """The encoders' argument for the width of their tokens."""
 
@@ -182,6 +188,7 @@ def train_adapter(
     validation: Validation | None = None,
     minutes: float | None = None,
     metadata: Mapping[str, object] | None = None,
+    inputs: Mapping[str, str] | None = None,
     is_sharded: bool = False,
 ) -> TrainingResult:
     """Train an adapter, or continue its run.
@@ -201,6 +208,7 @@ def train_adapter(
         validation: what to measure; nothing by default.
         minutes: time budget.
         metadata: further entries for the adapter's file.
+        inputs: see `TrainerConfig`.
         is_sharded: share the frozen networks among the processes, see `training.sharding`.
 
     Raises:
@@ -226,7 +234,7 @@ def train_adapter(
     )
     result = run(
         task,
-        recipe.trainer_config(),
+        replace(recipe.trainer_config(), inputs=inputs or {}),
         run_dir,
         minutes=minutes,
         device=model.device,
