@@ -50,6 +50,11 @@ from openpulid.data.identity_words import remove_identity_words
             ["young"],
         ),
         (
+            "Portrait Of A Young Woman With Freckles In A Red Dress",
+            "Portrait Of A Woman In A Red Dress",
+            ["Freckles", "Young"],
+        ),
+        (
             "an elderly lady with wrinkles on her face, smiling",
             "a lady, smiling",
             ["wrinkles on her face", "elderly"],
@@ -76,6 +81,9 @@ def test_identity_words_are_removed(caption: str, expected: str, words: list[str
         "white striped background, a person",
         "a man near the Eiffel Tower in Paris",
         "a smiling person, film noir",
+        "Happy Family Having Dinner Together",
+        "Businessman Talking On The Phone",
+        "Close Up Shot Of A Smiling Man",
     ],
 )
 def test_caption_without_identity_is_unchanged(caption: str) -> None:

@@ -59,6 +59,11 @@ _TITLED = re.compile(
     rf"\b(?:Mr|Mrs|Ms|Dr|President|Prince|Princess|Queen|King|Sir)\.? (?:{_NAME}|[A-Z][\w'’-]+)"
 )
 _FULL_NAME = re.compile(rf"(?P<before>[\w']+ )?\b(?P<name>{_NAME})")
+_TITLE_CASE = re.compile(
+    r"(?<=\w )(?:A|An|And|At|By|For|From|In|Near|Of|On|The|To|With|Man|Men|Woman|Women|Girl|Boy|"
+    r"Child|People|Person)\b|\b(?:[A-Z][a-z'’-]+ ){4}[A-Z]"
+)
+"""A caption that is written like a title: its names look like its other words."""
 
 _REMOVED = [re.compile(p, re.IGNORECASE) for p in (*_AGE, *_ORIGIN, *_LOOKS)]
 _FEATURES = [
@@ -86,7 +91,8 @@ class CheckedCaption(NamedTuple):
 def remove_identity_words(caption: str) -> CheckedCaption:
     """Remove names, age, origin, and features of the face from a caption.
 
-    The words are found by patterns for English. A full name becomes "a person".
+    The words are found by patterns for English. A full name becomes "a person", but not where every
+    word begins with a capital letter.
     """
     words: list[str] = []
 
@@ -111,7 +117,8 @@ def remove_identity_words(caption: str) -> CheckedCaption:
 
     text = _CALLED.sub(remove, caption)
     text = _TITLED.sub(replace_title, text)
-    text = _FULL_NAME.sub(replace_name, text)
+    if not _TITLE_CASE.search(caption):
+        text = _FULL_NAME.sub(replace_name, text)
     for pattern in _FEATURES:
         text = " ".join(pattern.sub(remove_feature, text).split())
     for pattern in _REMOVED:
