@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import psutil
 import pyarrow
 import pyarrow.parquet
@@ -203,8 +205,6 @@ def test_prepared_images_are_read_by_split(dataset) -> None:
 
 
 def test_dataset_at_a_url(dataset) -> None:
-    import fsspec
-
     memory = fsspec.filesystem("memory")
     memory.put(str(dataset), "/data", recursive=True)
     local, remote = PreparedImages.open(dataset), PreparedImages.open("memory://data")
@@ -219,6 +219,29 @@ def test_dataset_at_a_url(dataset) -> None:
         remote.open_image(remote.names[-1] if file in remote.names[-1] else remote.names[1])
     with pytest.raises(OptionError, match="nowhere://data cannot be opened"):
         PreparedImages.open("nowhere://data")
+
+
+def test_failing_server_is_asked_again(dataset, monkeypatch) -> None:
+    fsspec.filesystem("memory").put(str(dataset), "/busy", recursive=True)
+    local, images = PreparedImages.open(dataset), PreparedImages.open("memory://busy")
+    read, name = images.file_system.cat_file, images.names[0]
+    answers: list[bool] = []
+
+    def cat_file(*args: Any) -> bytes:
+        if not answers.pop():
+            raise RuntimeError("503, Service Unavailable")
+        return read(*args)
+
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setattr(images.file_system, "cat_file", cat_file)
+    answers += [True, False, False, False]
+    assert images.open_image(name).tobytes() == local.open_image(name).tobytes()
+    assert waits == [1, 2, 4]
+    answers += [False] * 7
+    with pytest.raises(TrainingError, match=r"503, Service Unavailable.*run the same command"):
+        images.open_image(name)
+    assert not answers
 
 
 def test_complete_dataset_is_not_prepared_again(dataset, source, options) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +36,10 @@ COLUMNS = (
     "crop_height",
 )
 """Columns of the index that training reads."""
+RETRY_SECONDS = (1, 2, 4, 8, 16, 32)
+"""Waits before a server is asked again."""
+
+logger = logging.getLogger(__name__)
 
 
 class PreparedImages:
@@ -110,7 +116,8 @@ class PreparedImages:
 
         Raises:
             ImageError: it cannot be used.
-            OSError: the shard cannot be read.
+            OSError: the shard cannot be read, or is missing.
+            TrainingError: the server of a URL does not answer for a minute.
         """
         content = self._contents.get(name) or self._read(self._rows[name])
         return open_image(content, name=f"{self.folder}/{name}")
@@ -128,10 +135,31 @@ class PreparedImages:
 
     def _read(self, row: int) -> bytes:
         start, size = int(self._offsets[row]), int(self._sizes[row])
-        content: bytes = self.file_system.cat_file(self._path(row), start, start + size)
+        content = self._read_range(self._path(row), start, start + size)
         if len(content) != size:
             raise OSError(f"{self.folder}/{self._files[row]} is shorter than its index says")
         return content
+
+    def _read_range(self, path: str, start: int, end: int) -> bytes:
+        """Read bytes of a file; a server that fails is asked again for a minute."""
+        waits = iter(RETRY_SECONDS)
+        while True:
+            try:
+                content: bytes = self.file_system.cat_file(path, start, end)
+                return content
+            except FileNotFoundError:
+                raise
+            except Exception as error:  # the clients have unrelated exception classes
+                if not is_url(self.folder):
+                    raise
+                wait = next(waits, None)
+                if wait is None:
+                    raise TrainingError(
+                        f"{path} cannot be read ({first_line(error)}): check the connection and "
+                        "the server, then run the same command to continue."
+                    ) from None
+                logger.warning("%s: %s; trying again", path, first_line(error))
+                time.sleep(wait)
 
 
 def is_url(location: str | os.PathLike[str]) -> bool:
