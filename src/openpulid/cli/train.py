@@ -163,7 +163,7 @@ def train(
 
     # everything that needs no models first: they take minutes to load, and gigabytes to download
     check_init_adapter(changed, begin)
-    check_data(data, held_out)
+    check_data(data, held_out, is_paired=paired)
     selected_device = select_device(device)
     prepare_run_dir(run_dir, begin, is_fresh=not resume)
     models = load_models(

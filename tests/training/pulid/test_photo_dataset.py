@@ -41,7 +41,7 @@ from openpulid.training.pulid.photo_dataset import PhotoDataset, find_others, nu
 from openpulid.training.pulid.photo_models import TrainingModels
 from openpulid.training.pulid.recipes import find_recipe
 from openpulid.training.pulid.train import build_adapter
-from openpulid.training.pulid.train_photos import train_on_photos
+from openpulid.training.pulid.train_photos import check_data, train_on_photos
 from openpulid.training.rng import StepRNG
 from tests.support import tiny_sdxl as tiny
 from tests.support.photo_networks import (
@@ -248,6 +248,24 @@ def test_people_without_a_second_image_cannot_be_paired(folder) -> None:
     people = number_people(images, names)
     assert people == [0, 1, 2, 0, 3, 4]
     assert find_others(people, folder) == [[3], [], [], [0], [], []]
+    # known before models are loaded and faces are detected
+    with pytest.raises(TrainingError, match="no person has two images"):
+        check_data(folder, None, is_paired=True)
+
+
+def test_held_out_people_may_have_a_single_image(folder, base, features, index, tmp_path) -> None:
+    pairs = tmp_path / "pairs"
+    for number in (1, 2):
+        (pairs / "yann").mkdir(parents=True, exist_ok=True)
+        for name in ("lecun.jpg", "lecun.txt"):
+            copy = Path(shutil.copy(folder / name, pairs / "yann"))
+            copy.rename(copy.with_stem(str(number)))
+    check_data(pairs, folder, is_paired=True)
+    recipe = replace(find_recipe("sdxl_stage1"), steps=1, paired=True, **SMALL)
+    shutil.copy(index, tmp_path / "held-out-faces.json")
+    models = TrainingModels(base, features)
+    _, result = train_on_photos(recipe, models, pairs, tmp_path, held_out=folder)
+    assert "held_out_own" in result.metrics
 
 
 def test_image_that_replaces_an_unreadable_one_keeps_its_own_features(
@@ -376,6 +394,11 @@ def test_all_three_stages(folder, base, features, found, tmp_path) -> None:
             tmp_path / "other",
             init_adapter=begin,
         )
+    with pytest.raises(TrainingError, match="is a run with another --begin"):
+        train_on_photos(recipe, models, folder, out, init_adapter=tmp_path / "1" / begin.name)
+    with pytest.raises(TrainingError, match="is a run with another --base"):
+        other_base = replace(models, hashes={"--base": "another file"})
+        train_on_photos(recipe, other_base, folder, out, init_adapter=tmp_path / "2" / begin.name)
     with pytest.raises(TrainingError, match="with other face models: use the same --faces"):
         recipe = replace(find_recipe("sdxl_stage1"), steps=2, **SMALL)
         train_on_photos(recipe, TrainingModels(base, other), folder, tmp_path / "1")

@@ -325,10 +325,7 @@ def find_others(people: Sequence[int], folder: str | Path) -> list[list[int]]:
     for index, person in enumerate(people):
         groups.setdefault(person, []).append(index)
     if max(map(len, groups.values())) < 2:
-        raise TrainingError(
-            f"{folder}: no person has two images; put the images of each person into a "
-            "folder of their own, or train without paired images."
-        )
+        raise no_pairs_error(folder)
     num_single = sum(len(rows) == 1 for rows in groups.values())
     if num_single:
         logger.warning(
@@ -340,6 +337,14 @@ def find_others(people: Sequence[int], folder: str | Path) -> list[list[int]]:
     return [
         [other for other in groups[person] if other != index] for index, person in enumerate(people)
     ]
+
+
+def no_pairs_error(folder: str | Path) -> TrainingError:
+    """Say why images cannot be paired."""
+    return TrainingError(
+        f"{folder}: no person has two images; put the images of each person into a folder of their "
+        "own, or train without paired images."
+    )
 
 
 def no_images_error(folder: str | Path, num_captioned: int) -> TrainingError:

@@ -3,46 +3,69 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from openpulid.data.captioned_images import find_captioned_images
+from openpulid.data.captioned_images import CaptionedImages, find_captioned_images
 from openpulid.data.prepared_images import PreparedImages, has_held_out, is_prepared, is_url
 from openpulid.data.shards import HELD_OUT, TRAIN
 from openpulid.errors import OptionError, TrainingError
 from openpulid.methods.pulid import PuLID, PuLIDFlux
 from openpulid.training.distributed import DistributedContext
 from openpulid.training.pulid.face_index import check_face_models
-from openpulid.training.pulid.photo_dataset import INDEX, PhotoDataset, no_images_error
+from openpulid.training.pulid.photo_dataset import (
+    INDEX,
+    PhotoDataset,
+    no_images_error,
+    no_pairs_error,
+    number_people,
+)
 from openpulid.training.pulid.photo_models import TrainingModels
 from openpulid.training.pulid.recipe import Recipe
 from openpulid.training.pulid.task import Validation
 from openpulid.training.pulid.train import (
     FACE_MODELS_FILE,
     build_adapter,
+    hash_init_adapter,
     prepare_run_dir,
     train_adapter,
 )
 from openpulid.training.trainer import TrainingResult
 
 
-def check_photos(folder: str | Path) -> None:
+def check_photos(folder: str | Path, *, is_paired: bool = False) -> None:
     """Check that a folder or dataset has images with captions, before anything is loaded.
+
+    Args:
+        folder: see `train_on_photos`.
+        is_paired: whether a person must have two images.
 
     Raises:
         OptionError: the URL of a dataset is not supported.
-        TrainingError: there is no such folder, or no image in it has a caption.
+        TrainingError: there is no such folder, no image in it has a caption, or no person has two.
     """
     if is_prepared(folder):
         if not PreparedImages.open(folder).names:
             raise TrainingError(
                 f"{folder} has no image to train on: prepare it with other filters."
             )
-        return
-    folder = Path(folder)
-    if not find_captioned_images(folder).captions:
+    elif not find_captioned_images(Path(folder)).captions:
         raise no_images_error(folder, 0)
+    if is_paired and not has_pairs(folder):
+        raise no_pairs_error(folder)
+
+
+def has_pairs(folder: str | Path, split: str = TRAIN) -> bool:
+    """Return whether a person has two images in a folder, or in a split of a dataset."""
+    images: PreparedImages | CaptionedImages
+    if is_prepared(folder):
+        images = PreparedImages.open(folder, split)
+        names: Sequence[str] = images.names
+    else:
+        images = find_captioned_images(Path(folder))
+        names = list(images.captions)
+    return len(set(number_people(images, names))) < len(names)
 
 
 def train_on_photos(
@@ -93,7 +116,9 @@ def train_on_photos(
     pixels = recipe.pixels or models.base.pixels
     with_images = recipe.id_loss != "none"
 
-    def open_dataset(folder: str | Path, index: str, split: str = TRAIN) -> PhotoDataset:
+    def open_dataset(
+        folder: str | Path, index: str, is_paired: bool, split: str = TRAIN
+    ) -> PhotoDataset:
         return PhotoDataset.open(
             folder,
             run_dir / index,
@@ -102,7 +127,7 @@ def train_on_photos(
             recipe.batch,
             pixels,
             with_images,
-            recipe.paired,
+            is_paired,
             recipe.aspect_buckets,
             split,
         )
@@ -111,12 +136,13 @@ def train_on_photos(
     ranks = DistributedContext(models.base.device)
     with ranks.lock(run_dir):
         check_face_models(run_dir / FACE_MODELS_FILE, extractor.models, ranks)
-        dataset = open_dataset(data, INDEX)
+        dataset = open_dataset(data, INDEX, recipe.paired)
         validation = held_out or data
         split = HELD_OUT if is_prepared(validation) and has_held_out(validation) else TRAIN
         held_out_dataset = None
         if held_out is not None or split == HELD_OUT:
-            held_out_dataset = open_dataset(validation, f"held-out-{INDEX}", split)
+            is_paired = recipe.paired and has_pairs(validation, split)
+            held_out_dataset = open_dataset(validation, f"held-out-{INDEX}", is_paired, split)
     result = train_adapter(
         recipe,
         models.base,
@@ -128,21 +154,22 @@ def train_on_photos(
         validation=Validation(held_out_dataset),
         minutes=minutes,
         metadata={"models": json.dumps(extractor.models)},
+        inputs={**models.hashes, **hash_init_adapter(init_adapter)},
         is_sharded=is_sharded,
     )
     return adapter, result
 
 
-def check_data(data: str | Path, held_out: str | Path | None) -> None:
+def check_data(data: str | Path, held_out: str | Path | None, *, is_paired: bool = False) -> None:
     """Check everything about the images that needs no model.
 
     Raises:
         OptionError: see `check_photos` and `check_separate`.
         TrainingError: see `check_photos`.
     """
-    for folder in (data, held_out):
-        if folder is not None:
-            check_photos(folder)
+    check_photos(data, is_paired=is_paired)
+    if held_out is not None:
+        check_photos(held_out)
     check_separate(data, held_out)
 
 
