@@ -105,6 +105,8 @@ def test_first_caption_of_a_list(tmp_path) -> None:
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     found = find_sources([tmp_path / "a.parquet"])
     assert [image.read_caption() for image in found] == ["a man", "a woman", "", ""]
+    # so that a missing captioner is noticed before faces are detected
+    assert [bool(image.caption) for image in found] == [True, True, True, False]
 
 
 @pytest.mark.parametrize("caption", [5, b"a man", [1, 2], {"en": "a man"}])

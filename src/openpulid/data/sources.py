@@ -230,10 +230,24 @@ def _list_rows(path: Path, label: str) -> Iterator[SourceImage]:
         _check_captions(path, table.schema_arrow.field(caption))
     index = 0
     for group in range(table.metadata.num_row_groups):
-        for row in range(table.metadata.row_group(group).num_rows):
+        for row, has_caption in enumerate(_find_captions(table, group, caption)):
             name = escape_unprintable(f"{label}/{index:09d}")
-            yield SourceImage(name, str(path), group, row, caption, version=modified)
+            column = caption if has_caption else ""
+            yield SourceImage(name, str(path), group, row, column, version=modified)
             index += 1
+
+
+def _find_captions(table: pyarrow.parquet.ParquetFile, group: int, column: str) -> Sequence[bool]:
+    """Return whether each row of a group has a caption; without a column none has."""
+    metadata = table.metadata.row_group(group)
+    if not column:
+        return [False] * metadata.num_rows
+    chunks = [metadata.column(index) for index in range(metadata.num_columns)]
+    statistics = [chunk.statistics for chunk in chunks if chunk.path_in_schema == column]
+    if statistics and statistics[0] is not None and statistics[0].null_count == 0:
+        return [True] * metadata.num_rows  # known without reading them
+    is_valid: list[bool] = table.read_row_group(group, [column])[column].is_valid().to_pylist()
+    return is_valid
 
 
 def _check_captions(path: Path, column: pyarrow.Field) -> None:
