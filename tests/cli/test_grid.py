@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from diffusers import ControlNetModel
 from PIL import Image
 
 from openpulid.errors import OptionError
+from openpulid.pipelines.controls import ControlInput
 from openpulid.pipelines.file_names import check_pattern, image_name
 from openpulid.pipelines.grid import Axis, Grid
+from openpulid.pipelines.inputs import RequestInputs
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import Person
@@ -54,6 +58,37 @@ def test_grid_writes_the_images_and_one_sheet(
     assert paths[-1].name == f"grid-portrait-{first}.png"
     sheet = Image.open(paths[-1])
     assert sheet.width == 48 + 3 * 400 - 16 and sheet.height == 48 + 120 + 4 * 440
+
+
+def test_cells_share_a_controlnet(
+    pulid: Run,
+    studio: FakeStudio,
+    anna: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each copy would stay in memory until the grid is complete."""
+    ControlNetModel(
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        conditioning_embedding_out_channels=(8, 8),
+        norm_num_groups=4,
+        cross_attention_dim=8,
+    ).save_pretrained(tmp_path / "net")
+    used: list[ControlInput] = []
+    generate = studio.generate
+
+    def record(request: GenerationRequest, inputs: RequestInputs, **options: Any) -> Any:
+        used.extend(inputs.controls)
+        return generate(request, inputs, **options)
+
+    monkeypatch.setattr(studio, "generate", record)
+    control = ("--control", tmp_path / "net", "--control-image", anna)
+    grid = ("--grid", "control-scale=0.2,0.5,1", "-o", tmp_path / "out")
+    done = pulid("generate", "portrait", *control, *grid)
+    assert done.code == 0, done.err
+    assert [control.options["scale"] for control in used] == [0.2, 0.5, 1]
+    assert used[0].files is used[1].files is used[2].files
 
 
 @pytest.mark.parametrize(

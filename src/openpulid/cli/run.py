@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from openpulid.io.content_credentials import ContentSigner
+    from openpulid.pipelines.controls import ControlNetFiles
     from openpulid.pipelines.grid import Grid
     from openpulid.pipelines.inputs import RequestInputs
     from openpulid.pipelines.presets import Preset
@@ -322,12 +323,18 @@ def _extract_identities(jobs: Sequence[_Job], device: str | None) -> None:
 
 
 def _detect_control_maps(jobs: Sequence[_Job]) -> None:
-    """Detect control images before the base model is loaded; equal ControlNets are loaded once."""
+    """Detect control images before the base model is loaded; each ControlNet is loaded once."""
     known: dict[Any, RequestInputs] = {}
+    files: dict[Path, ControlNetFiles] = {}
     for job in jobs:
         controls = job.request.controls
         if controls not in known:
-            known[controls] = job.inputs.with_control_maps()
+            inputs = job.inputs.with_control_maps()
+            shared = [
+                replace(control, files=files.setdefault(control.files.path, control.files))
+                for control in inputs.controls
+            ]
+            known[controls] = replace(inputs, controls=tuple(shared))
         job.inputs = replace(job.inputs, controls=known[controls].controls)
 
 
