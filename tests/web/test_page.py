@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import threading
+import time
 import urllib.request
 import zipfile
 from collections.abc import Iterator
@@ -375,6 +376,16 @@ def test_stopped_generation_keeps_what_is_finished(tmp_path: Path, anna: Path) -
     assert len(generate_images(session, request, job="second")) == 3
 
 
+@pytest.mark.parametrize("has_history", [True, False])
+def test_files_of_old_runs_are_kept_for_the_history(tmp_path: Path, has_history: bool) -> None:
+    session = WebSession(tmp_path, has_history=has_history)
+    old, recent = session.make_folder(), session.make_folder()
+    (old / "image.png").write_bytes(b"")
+    os.utime(old, (time.time() - 3700,) * 2)
+    session.make_folder()
+    assert recent.exists() and old.exists() == has_history
+
+
 def test_stopped_before_the_first_image_keeps_the_old_ones(tmp_path: Path) -> None:
     session = WebSession(tmp_path)
     session.stop("waiting")
@@ -497,6 +508,8 @@ def test_settings_of_an_image_are_restored(tmp_path: Path, anna: Path) -> None:
         update = updates[page.values[name]]
         return update["value"] if isinstance(update, dict) else update
 
+    size = updates[page.values["size"]]
+    assert size["value"] == "96x96" and ("Square: 96 x 96", "96x96") in size["choices"]
     for name in ("mode", "prompt", "preset", "seed", "num_inference_steps", "start"):
         assert shown(name) == {**SETTINGS, **values}[name]
     assert shown("person1_region") == "side by side" and shown("person2_region") == "upper half"

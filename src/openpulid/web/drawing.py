@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import gradio as gr
@@ -41,7 +39,7 @@ def save_regions(
     """Offer the drawn regions as mask files, one for each person."""
     message, files = page.parts["message"], page.parts["region_files"]
     try:
-        drawn = save_drawing(canvas, Path(mkdtemp(dir=session.directory)))
+        drawn = save_drawing(canvas, session.make_folder())
     except PulidError as error:
         return _refuse(page, describe_error(error))
     masks = [mask for mask in drawn if mask is not None]

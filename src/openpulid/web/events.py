@@ -13,10 +13,10 @@ from openpulid.web.generation_events import connect_generation
 from openpulid.web.layout import build_layout
 from openpulid.web.person_events import connect_people
 from openpulid.web.results import connect_results
-from openpulid.web.session import WebSession
+from openpulid.web.session import KEPT_SECONDS, WebSession
 
-DELETE_CACHE = (600, 3600)
-"""Every 600 seconds, uploads older than 3600 seconds are deleted."""
+DELETE_CACHE = (600, KEPT_SECONDS)
+"""Every 600 seconds, older uploads are deleted."""
 
 
 def build_page(session: WebSession) -> Any:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from tempfile import mkdtemp
 
 from PIL import Image
 
@@ -43,7 +41,7 @@ def generate_images(
     inputs = open_request(session, request, models)
     inputs.check(preset.models)
     studio = session.studio(models)
-    directory = Path(mkdtemp(dir=session.directory))
+    directory = session.make_folder()
     has_pairs = bool(request.people) and also_without_identity
     watch = StepWatch(report, partial(session.is_stopped, job), num_runs=1 + has_pairs)
     images: list[PageImage] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import gradio as gr
@@ -51,7 +50,7 @@ def save_identity(
         models = session.select_models(form.preset, form.method)
         identity = identify(session, person, models)
         name = Path(person.images[0]).stem
-        file = Path(mkdtemp(dir=session.directory)) / f"{name}.safetensors"
+        file = session.make_folder() / f"{name}.safetensors"
         identity.save(file)
         button = gr.DownloadButton(label=f"Download {file.name}", value=str(file), visible=True)
         text = "The identity can be used in place of the images; keep it like a photo."

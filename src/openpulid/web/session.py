@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+import time
 from collections import OrderedDict, deque
+from contextlib import suppress
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
 from openpulid import Identity, resolve_preset
@@ -20,6 +24,9 @@ if TYPE_CHECKING:
     from openpulid.pipelines.presets import Preset
     from openpulid.pipelines.studio import Studio
 
+KEPT_SECONDS = 3600
+"""Time for which files are kept: uploads, and generated images without a history."""
+RUN_PREFIX = "run-"
 MAX_STOPPED = 256
 """Names of stopped calls that are remembered."""
 
@@ -60,6 +67,18 @@ class WebSession:
         self.identities: OrderedDict[object, Identity] = OrderedDict()
         self._presets: dict[ModelSelection, Preset] = {}
         self._stopped: deque[str] = deque(maxlen=MAX_STOPPED)
+
+    def make_folder(self) -> Path:
+        """Create a folder for the files of a run.
+
+        Without a history, older ones are removed like uploads, so that the disk does not fill up.
+        """
+        if not self.history.is_on:
+            for folder in self.directory.glob(f"{RUN_PREFIX}*"):
+                with suppress(OSError):  # another visitor's run may remove it too
+                    if time.time() - folder.stat().st_mtime > KEPT_SECONDS:
+                        shutil.rmtree(folder)
+        return Path(mkdtemp(prefix=RUN_PREFIX, dir=self.directory))
 
     def select_models(self, preset: str, method: str = "pulid") -> ModelSelection:
         """Return the models of a preset and a method.

@@ -43,7 +43,7 @@ def select_preset(session: WebSession, page: Page, name: str) -> Updates:
     parts = page.parts
     updates: Updates = {
         page.values["method"]: gr.Dropdown(choices=methods, value=methods[0]),
-        page.values["size"]: gr.Dropdown(choices=size_choices(preset), value=""),
+        page.values["size"]: gr.update(choices=size_choices(preset), value=""),
         parts["description"]: describe_preset(preset),
         parts["words"]: gr.Accordion(visible=is_miniature),
         parts["photo_examples"]: gr.Dataset(visible=not is_miniature),
