@@ -38,7 +38,7 @@ from openpulid.pipelines.request import GenerationRequest, ModelSelection
 from openpulid.pipelines.selection import resolve_preset
 from openpulid.pipelines.studio import Studio
 from openpulid.training.pulid.models import SDXLModel
-from openpulid.training.pulid.photo_models import TrainingModels, load_models
+from openpulid.training.pulid.photo_models import TrainingModels, hash_bases, load_models
 from openpulid.training.pulid.recipes import find_recipe
 from openpulid.training.pulid.train_photos import train_on_photos
 from tests.support import tiny_sdxl as tiny
@@ -180,6 +180,17 @@ def test_missing_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         load_extractor(open_sdxl(), CPU)
     with pytest.raises(WeightsError, match=r"selfie-multiclass .*arcface-loss"):
         load_models(find_recipe("sdxl_stage2"), CPU, faces=Path("open"))
+
+
+def test_base_is_known_by_its_files(tmp_path: Path) -> None:
+    """A run continues after its base has moved, and not with another one in its place."""
+    for name in ("first", "moved"):
+        (tmp_path / name / "unet").mkdir(parents=True)
+        (tmp_path / name / "unet" / "model.safetensors").write_bytes(b"weights")
+    first, moved = (hash_bases([sdxl(tmp_path / name)]) for name in ("first", "moved"))
+    assert first == moved != ""
+    (tmp_path / "moved" / "unet" / "model.safetensors").write_bytes(b"others")
+    assert hash_bases([sdxl(tmp_path / "moved")]) != first
 
 
 def test_whole_path(weights: Path, photos: Path, tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ _TITLE_CASE = re.compile(
     r"(?<=\w )(?:A|An|And|At|By|For|From|In|Near|Of|On|The|To|With|Man|Men|Woman|Women|Girl|Boy|"
     r"Child|People|Person)\b|\b(?:[A-Z][a-z'’-]+ ){4}[A-Z]"
 )
-"""A caption that is written like a title: its names look like its other words."""
+"""Found in a caption in title case: a capitalized small word, or five capitalized words."""
 
 _REMOVED = [re.compile(p, re.IGNORECASE) for p in (*_AGE, *_ORIGIN, *_LOOKS)]
 _FEATURES = [
@@ -91,8 +91,8 @@ class CheckedCaption(NamedTuple):
 def remove_identity_words(caption: str) -> CheckedCaption:
     """Remove names, age, origin, and features of the face from a caption.
 
-    The words are found by patterns for English. A full name becomes "a person", but not where every
-    word begins with a capital letter.
+    The words are found by patterns for English. A full name becomes "a person", but stays in a
+    caption in title case, where names look like other words.
     """
     words: list[str] = []
 

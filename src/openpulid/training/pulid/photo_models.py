@@ -114,14 +114,14 @@ def load_models(
         embedder = build_face_embedder(
             extractor.detection.detector, load_arcface_ir_se50(id_loss_file, device)
         )
-    hashes = {"--base": _hash_bases(presets[:1]), "--few-step-model": _hash_bases(presets[1:])}
+    hashes = {"--base": hash_bases(presets[:1]), "--few-step-model": hash_bases(presets[1:])}
     if lora is not None:
         hashes["--few-step-lora"] = fingerprint(lora.path)
     return TrainingModels(models[0], extractor, models[1:], embedder, hashes)
 
 
-def _hash_bases(presets: Sequence[Preset]) -> str:
-    """Return the fingerprints of the networks of some presets."""
+def hash_bases(presets: Sequence[Preset]) -> str:
+    """Return the fingerprints of the base models of presets, separated by spaces."""
     sources = [
         source
         for preset in presets

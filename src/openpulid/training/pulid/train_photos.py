@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from openpulid.data.captioned_images import CaptionedImages, find_captioned_images
+from openpulid.data.captioned_images import TrainingImages, find_captioned_images
 from openpulid.data.prepared_images import PreparedImages, has_held_out, is_prepared, is_url
 from openpulid.data.shards import HELD_OUT, TRAIN
 from openpulid.errors import OptionError, TrainingError
@@ -58,7 +58,7 @@ def check_photos(folder: str | Path, *, is_paired: bool = False) -> None:
 
 def has_pairs(folder: str | Path, split: str = TRAIN) -> bool:
     """Return whether a person has two images in a folder, or in a split of a dataset."""
-    images: PreparedImages | CaptionedImages
+    images: TrainingImages
     if is_prepared(folder):
         images = PreparedImages.open(folder, split)
         names: Sequence[str] = images.names
