@@ -6,7 +6,7 @@ import math
 import time
 
 from limits.storage import MemoryStorage
-from limits.strategies import SlidingWindowCounterRateLimiter
+from limits.strategies import MovingWindowRateLimiter
 
 from openpulid.service.api.problems import Problem
 from openpulid.service.config import parse_rate
@@ -27,7 +27,7 @@ class RateLimiter:
 
     def __init__(self, rate: str) -> None:
         self._rate = parse_rate(rate)
-        self._limiter = SlidingWindowCounterRateLimiter(MemoryStorage())
+        self._limiter = MovingWindowRateLimiter(MemoryStorage())
 
     def count(self, owner: str) -> None:
         """Count a request.
