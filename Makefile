@@ -30,7 +30,7 @@ demo: $(STAMP)
 
 # One thread per process: more would compete for the cores.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 test-lowest:
 	uv venv --quiet --python 3.10 .venv-lowest
@@ -39,7 +39,7 @@ test-lowest:
 	  -o .venv-lowest/requirements.txt
 	uv pip install --quiet --python .venv-lowest/bin/python --no-deps -r .venv-lowest/requirements.txt
 	uv pip install --quiet --python .venv-lowest/bin/python --no-deps --no-build-isolation -e .
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 quality: $(STAMP)
 	$(BIN)/ruff check .
