@@ -6,14 +6,14 @@ import pytest
 import torch
 from facexlib.parsing.bisenet import BiSeNet
 
-from openpulid.faces.bisenet import MEAN, NOT_FACE, STD, FaceParser
+from openpulid.faces.bisenet import MEAN, NOT_FACE, STD, FaceParser, MainHead
 
 
 @torch.no_grad()
 def test_parser_gives_the_labels_of_the_network() -> None:
     torch.manual_seed(0)
     network = BiSeNet(num_class=19).eval()
-    parser = FaceParser(copy.deepcopy(network))
+    parser = FaceParser(MainHead(copy.deepcopy(network)))
     crop = torch.rand(1, 3, 512, 512)
     normalized = (crop - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
     labels = network(normalized)[0].argmax(1, keepdim=True)

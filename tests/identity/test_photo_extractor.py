@@ -11,7 +11,7 @@ from PIL import Image
 
 from openpulid.errors import FaceError, OptionError
 from openpulid.faces.arcface import ArcFaceRecognition
-from openpulid.faces.bisenet import FaceParser
+from openpulid.faces.bisenet import FaceParser, MainHead
 from openpulid.faces.face import Face, select_face
 from openpulid.identity.detection import PhotoFaceDetection
 from openpulid.identity.eva_clip import VisionEncoder
@@ -35,7 +35,7 @@ def features(tmp_path_factory) -> PhotoExtractor:
     recogniser = ArcFaceRecognition.load(
         recognition_file(tmp_path_factory.mktemp("faces") / "glintr100.onnx", dim=12)
     )
-    parser = FaceParser(BiSeNet(num_class=19))
+    parser = FaceParser(MainHead(BiSeNet(num_class=19)))
     return PhotoExtractor(
         PhotoFaceDetection.load(DETECTOR, "cpu"),
         recogniser,

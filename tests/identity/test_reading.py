@@ -15,7 +15,7 @@ from PIL import Image
 
 from openpulid.errors import FaceError, IdentityError, OptionError
 from openpulid.faces.arcface import ArcFaceRecognition
-from openpulid.faces.bisenet import TEMPLATE, FaceParser, align_photo
+from openpulid.faces.bisenet import TEMPLATE, FaceParser, MainHead, align_photo
 from openpulid.faces.face import Face
 from openpulid.faces.miniature import MiniFaceDetector
 from openpulid.faces.photo_detector import LONGEST
@@ -107,7 +107,7 @@ def test_bfloat16_vision_encoder_runs_on_any_cpu(tmp_path: Path) -> None:
     whole = tower()
     expected, levels = whole(whole.prepare(align_photo(face)))
     recogniser = ArcFaceRecognition.load(recognition_file(tmp_path / "glintr100.onnx", dim=12))
-    parser = FaceParser(BiSeNet(num_class=19))
+    parser = FaceParser(MainHead(BiSeNet(num_class=19)))
     features = PhotoExtractor(
         None, recogniser, parser, whole.to(torch.bfloat16), MODELS, use_gray=False
     )
@@ -131,7 +131,7 @@ def test_all_models_receive_the_selected_face(tmp_path: Path) -> None:
     recogniser = ArcFaceRecognition.load(recognition_file(tmp_path / "glintr100.onnx", dim=12))
     whole = tower()
     features = PhotoExtractor(
-        None, recogniser, FaceParser(BiSeNet(num_class=19)), whole, MODELS, use_gray=False
+        None, recogniser, FaceParser(MainHead(BiSeNet(num_class=19))), whole, MODELS, use_gray=False
     )
     for face, identity in zip(two, features.extract(two), strict=True):
         seen, levels = whole(whole.prepare(align_photo(face)))

@@ -39,8 +39,8 @@ class SmallParser(nn.Module):
         super().__init__()
         self.labels = nn.Conv2d(3, 2, 1)
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
-        return (self.labels(images),)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.labels(images)
 
 
 def recognition_file(path: Path, dim: int = 512) -> Path:

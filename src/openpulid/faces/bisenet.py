@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from openpulid.errors import FaceError, explain_missing_library
@@ -44,11 +46,34 @@ FaceParsing = Callable[[Tensor], Tensor]
 """Segments a crop (1, 3, 512, 512) in [0, 1]: (1, 1, 512, 512) float, 1 on face and hair."""
 
 
-class FaceParser:
-    """facexlib's BiSeNet (arXiv 1808.00897): segments face and hair in an aligned crop."""
+class MainHead(nn.Module):
+    """facexlib's BiSeNet without the two heads that only its training uses.
+
+    Args:
+        network: facexlib's `BiSeNet`.
+    """
 
     def __init__(self, network: nn.Module) -> None:
-        # its convolutions are a quarter faster on a CPU with channels last
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) to the logits (B, 19, H, W) of the labels."""
+        network: Any = self.network
+        spatial, context, _ = network.cp(images)
+        logits, _ = network.conv_out(network.ffm(spatial, context))
+        return F.interpolate(logits, images.shape[2:], mode="bilinear", align_corners=True)
+
+
+class FaceParser:
+    """facexlib's BiSeNet (arXiv 1808.00897): segments face and hair in an aligned crop.
+
+    Args:
+        network: maps images (B, 3, H, W) to the logits (B, labels, H, W) of the labels.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        # convolutions are faster on a CPU with channels last
         self.network = network.eval().to(memory_format=torch.channels_last)
 
     @classmethod
@@ -63,7 +88,7 @@ class FaceParser:
 
         network = BiSeNet(num_class=19)
         load_state(network, read_tensors(file), f"{file} is not facexlib's BiSeNet")
-        return cls(network.to(device))
+        return cls(MainHead(network).to(device))
 
     @torch.no_grad()
     def __call__(self, crop: Tensor) -> Tensor:
@@ -79,7 +104,7 @@ class FaceParser:
         mean = crop.new_tensor(MEAN)[:, None, None]
         std = crop.new_tensor(STD)[:, None, None]
         normalized = ((crop - mean) / std).contiguous(memory_format=torch.channels_last)
-        labels = self.network(normalized)[0].argmax(1, keepdim=True)
+        labels = self.network(normalized).argmax(1, keepdim=True)
         return (~torch.isin(labels, torch.tensor(NOT_FACE, device=crop.device))).float()
 
 

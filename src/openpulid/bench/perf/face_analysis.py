@@ -1,10 +1,10 @@
 """Cost of extracting an identity from a photo, by stage, at full size with random weights.
 
 The reference implementation detects the face twice, with SCRFD and with RetinaFace at 1024 pixels,
-runs its vision encoder in float32, and parses the face with channels first. antelopev2's detector
-and face recognition model cannot be built with random weights. facexlib's RetinaFace at 320 pixels
-(13 GFLOP, a tenth of its work at 1024 and as much as SCRFD-10GF at 640) and its 100-layer ArcFace
-replace them in both columns.
+runs its vision encoder in float32, and runs all heads of its parser, with channels first.
+antelopev2's detector and face recognition model cannot be built with random weights. facexlib's
+RetinaFace at 320 pixels (13 GFLOP, a tenth of its work at 1024 and as much as SCRFD-10GF at 640)
+and its 100-layer ArcFace replace them in both columns.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 
 from openpulid.bench.perf.timing import interleave, medians, timed
 from openpulid.device import training_dtype
-from openpulid.faces.bisenet import FaceParser
+from openpulid.faces.bisenet import FaceParser, MainHead
 from openpulid.identity.eva_clip import VisionEncoder
 from openpulid.methods.pulid import IDFormer
 
@@ -72,7 +72,7 @@ def build_stages(device: torch.device) -> dict[str, Callable[[], Any]]:
     torch.manual_seed(0)
     detector = _prepare(RetinaFace(network_name="resnet50", device=device), device)
     recognition = _prepare(Backbone(num_layers=100, drop_ratio=0.6, mode="ir"), device)
-    parser = FaceParser(_prepare(BiSeNet(num_class=19), device))
+    parser = FaceParser(_prepare(MainHead(BiSeNet(num_class=19)), device))
     reference_parser = _prepare(BiSeNet(num_class=19), device)
 
     def random_image(size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
