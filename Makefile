@@ -1,5 +1,5 @@
 # make demo      generate the demo images with the miniature, into demo/
-# make test      run the tests, one process per core (about 14 min on 2 cores)
+# make test      run the tests, one process per core (13 min on 2 cores, 16 with Chromium)
 # make test-lowest  run the tests with the lowest versions that pyproject.toml allows (needs uv)
 # make quality   lint, format check, types
 # make docs      build the documentation site into site/
@@ -30,7 +30,7 @@ demo: $(STAMP)
 
 # One thread per process: more would compete for the cores.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-lowest:
 	uv venv --quiet --python 3.10 .venv-lowest
@@ -39,7 +39,7 @@ test-lowest:
 	  -o .venv-lowest/requirements.txt
 	uv pip install --quiet --python .venv-lowest/bin/python --no-deps -r .venv-lowest/requirements.txt
 	uv pip install --quiet --python .venv-lowest/bin/python --no-deps --no-build-isolation -e .
-	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 .venv-lowest/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 quality: $(STAMP)
 	$(BIN)/ruff check .

@@ -20,25 +20,12 @@ from torch import Tensor, nn
 
 M = TypeVar("M", bound=nn.Module)
 
-LONGEST = (
-    "web/test_browser.py",
-    "data_preparation/test_prepare.py",
-    "service/test_cluster.py",
-    "training/pulid/test_sharding.py",
-    "training/pulid/test_photo_dataset.py",
-)
-"""Files that take longest. They run first: one that began last would keep the others waiting."""
-
 
 def pytest_configure() -> None:
     # Tiny networks gain nothing from threads, and sums would depend on the machine.
     torch.set_num_threads(1)
     # Ray keeps the first token that it reads, and would write one into the user's folder.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: not item.path.as_posix().endswith(LONGEST))
 
 
 @pytest.hookimpl(wrapper=True)
