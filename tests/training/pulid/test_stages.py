@@ -177,6 +177,41 @@ def test_outside_loss_is_zero_without_effect_and_reaches_the_adapter_alone():
     assert compute_losses(task)["outside"] < 1e-5
 
 
+def base_task(scale: float) -> PuLIDTask:
+    """The same, whose second rollout is on the base, with guidance `scale`."""
+    model, fast = tiny.base(), outside_task(2.0)
+    recipe = tiny.recipe(**OUTSIDE, rollout_on_base=True, base_guidance_scale=scale)
+    adapter = tiny.adapter(model)
+    parts = {"few_step_models": fast.few_step_models, "face_embedder": fast.face_embedder}
+    return PuLIDTask(recipe, model, adapter, tiny.People(4), **parts)
+
+
+def test_guided_rollout_on_the_base_has_no_alignment():
+    """Its images and those without the identity are both guided; the student's are not."""
+    losses = {scale: compute_losses(base_task(scale), step=1) for scale in (1.0, 2.0, 3.0)}
+    assert set(losses[1.0]) - set(losses[2.0]) == {"semantic", "layout"}
+    assert losses[1.0]["outside"] < losses[2.0]["outside"] < losses[3.0]["outside"]
+    assert compute_losses(base_task(3.0)) == compute_losses(base_task(1.0))
+    task = base_task(3.0)
+    for name in ("id", "outside"):
+        found = gradients(task, [name], step=1)
+        assert any(grad is not None and grad.abs().sum() > 0 for grad in found.values())
+
+
+def test_guided_rollout_without_effect_is_that_of_the_base():
+    task = base_task(3.0)
+    for layer in task.adapter.id_adapter_attn_layers.values():
+        torch.nn.init.zeros_(layer.id_to_v.weight)
+    assert compute_losses(task, step=1)["outside"] < 1e-5
+
+
+@pytest.mark.parametrize("change", [{"rollout_on_base": False}, {"id_prompt": "portrait"}])
+def test_base_guidance_needs_the_base_and_one_rollout(change):
+    figures = {**OUTSIDE, "outside_weight": 0.0, "rollout_on_base": True, **change}
+    with pytest.raises(OptionError, match="base_guidance_scale needs rollout_on_base"):
+        tiny.recipe(**figures, base_guidance_scale=3.0)
+
+
 @pytest.mark.parametrize(
     "change", [{"base": "sdxl"}, {"id_prompt": "portrait"}, {"id_loss": "none"}]
 )

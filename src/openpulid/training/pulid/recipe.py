@@ -40,6 +40,7 @@ LIMITS = {
     "rollout_steps": COUNT,
     "grad_steps": COUNT,
     "guidance_scale": Limit(),
+    "base_guidance_scale": Limit(),
     "pixels": COUNT,
     "batch": COUNT,
 }
@@ -107,6 +108,7 @@ class Recipe:
     rollout_steps: int = 4
     grad_steps: int = 1  # final steps of the rollout that carry gradients
     rollout_on_base: bool = False  # also on the base, alternating with the few-step models: choice
+    base_guidance_scale: float = 1.0  # of rollouts on the base; guided, they align nothing: choice
     guidance_scale: float = 1.0
     sampler: str = "euler"  # choice
     gradient_checkpointing: bool = False  # in the rollout, and in the U-Net at full size
@@ -151,6 +153,11 @@ class Recipe:
                 "outside_weight is available for the miniature's stage 3 only: it needs masks of "
                 "the faces, and the same images for the ID loss and the alignment."
             )
+        if self.base_guidance_scale != 1 and not (self.rollout_on_base and self.shares_rollout):
+            raise OptionError(
+                "base_guidance_scale needs rollout_on_base, and the same images for ID loss and "
+                "alignment: set id_prompt to None and align_prompts to nothing."
+            )
         if self.is_flow:
             self._check_flow()
         if self.grad_steps > self.rollout_steps:
@@ -177,6 +184,7 @@ class Recipe:
             "num_zero": (self.num_zero, 0),
             "sampler": (self.sampler, "euler"),
             "guidance_scale": (self.guidance_scale, 1.0),
+            "base_guidance_scale": (self.base_guidance_scale, 1.0),
             "timestep_bias": (self.timestep_bias, 0.0),
             "min_snr_gamma": (self.min_snr_gamma, None),
         }

@@ -6,7 +6,7 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -282,18 +282,18 @@ class PuLIDTask:
     def _backward_alignment(
         self, rng: StepRNG, model: BaseModel, batch: Batch, backward: Backward
     ) -> None:
-        capture = self._attention_capture(rng, model, batch)
+        is_guided = model is self.base and self.recipe.base_guidance_scale != 1
+        capture = self._attention_capture(rng, model, batch, is_guided)
         with torch.no_grad():
             target = capture()
-        with self._use_identities(model, batch):
+        losses, metrics = {}, {}
+        with self._use_identities(model, batch, is_guided):
             rollout = capture()
-            semantic = self.semantic_loss(rollout.layers, target.layers)
-            layout = self.layout_loss(rollout.layers, target.layers)
-            losses = {
-                "semantic": self.recipe.semantic_weight * semantic,
-                "layout": self.recipe.layout_weight * layout,
-            }
-            metrics = {}
+            if not is_guided:
+                semantic = self.semantic_loss(rollout.layers, target.layers)
+                layout = self.layout_loss(rollout.layers, target.layers)
+                losses["semantic"] = self.recipe.semantic_weight * semantic
+                losses["layout"] = self.recipe.layout_weight * layout
             if self.recipe.shares_rollout:
                 images = self._decode(model, rollout.latents)
                 losses["id"], metrics["faces"], masks = self._id_loss(
@@ -396,12 +396,15 @@ class PuLIDTask:
         return self.face_embedder(batch.images)
 
     def _attention_capture(
-        self, rng: StepRNG, model: BaseModel, batch: Batch
+        self, rng: StepRNG, model: BaseModel, batch: Batch, is_guided: bool
     ) -> Callable[[], Rollout]:
-        """Return a function that captures the attention to align, always from the same noise."""
+        """Return a rollout from fixed noise that captures the attention to align, if unguided."""
         noise = self._noise(rng, model, batch)
         prompts = self._prompts(self._align_prompt(rng), batch)
-        text = self._encode_text(model, prompts)
+        text = self._encode_text(model, prompts, is_guided)
+        if is_guided:
+            config = replace(self.rollout, guidance_scale=self.recipe.base_guidance_scale)
+            return partial(lightning_branch, model, noise, text, config)
         if not self.recipe.align_one_step:
             return partial(
                 lightning_branch, model, noise, text, self.rollout, capture_attention=True
