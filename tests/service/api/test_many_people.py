@@ -16,8 +16,8 @@ from PIL import Image
 from openpulid.io.image_grid import to_pil
 from openpulid.world import Person, Scene, render
 
-PEOPLE = 3
-REQUESTS = 24
+PEOPLE = 2
+REQUESTS = 12
 
 
 def create_identity(client: httpx.Client, seed: int) -> str:
