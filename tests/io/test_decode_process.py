@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -37,6 +40,25 @@ def test_child_is_ended_after_the_time_limit() -> None:
     with pytest.raises(ImageError, match=r"b\.jpg: takes longer than 0\.01 s to decode"):
         open_image(data, name="b.jpg", time_limit=0.01)
     assert time.monotonic() - start < 5
+
+
+def test_waiting_for_a_core_does_not_count() -> None:
+    """On a busy machine a child may wait for longer than decoding takes."""
+    file = IMAGES / "profile-prophoto.png"
+    with ThreadPoolExecutor(1) as pool:
+        opened = pool.submit(open_image, file, time_limit=2)
+        while not (children := psutil.Process().children()):
+            time.sleep(0.01)
+        children[0].suspend()
+        time.sleep(2.5)
+        children[0].resume()
+        assert opened.result().tobytes() == open_image(file).tobytes()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXCPU"), reason="no limit on processor time")
+def test_processor_time_is_limited() -> None:
+    with pytest.raises(ImageError, match=r"slow-to-decode\.jp2: takes longer than 1 s to decode"):
+        open_image(IMAGES / "slow-to-decode.jp2", time_limit=1)
 
 
 def test_pil_images_need_no_child() -> None:

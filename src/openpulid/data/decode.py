@@ -29,7 +29,7 @@ def decode_image(
         source: the image.
         record: the record.
         options: see there.
-        time_limit: decode in a child process that is ended after so many seconds.
+        time_limit: decode in a child process with so many seconds of processor time.
 
     Returns:
         The image; None if it cannot be used, which is recorded.

@@ -7,7 +7,9 @@ the size or the reason of a failure and then the pixels.
 from __future__ import annotations
 
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -20,6 +22,9 @@ from openpulid.io.decoding import DecodedImage, DecodeOptions, decode_file
 
 MAX_MEMORY_BYTES = 4 * 2**30
 """Address space of the child, several times what the largest image needs."""
+
+WAITING_FACTOR = 6
+"""How many times its processor time a child may take on a busy machine."""
 
 # -I: neither the working directory nor the environment adds modules
 COMMAND = (
@@ -34,12 +39,13 @@ def decode_in_child(data: bytes, options: DecodeOptions, time_limit: float) -> D
     Args:
         data: content of the file.
         options: what to decode it to.
-        time_limit: seconds after which the child is ended.
+        time_limit: seconds of processor time after which the child is ended; Windows has no such
+            limit, only one on the time that passes.
 
     Raises:
         UnusableFile: the file cannot be used, or decoding takes longer.
     """
-    header = json.dumps(asdict(options)).encode() + b"\n"
+    header = json.dumps({"time_limit": time_limit, "options": asdict(options)}).encode() + b"\n"
     path = [os.path.abspath(entry) for entry in sys.path]
     try:
         process = subprocess.run(
@@ -47,14 +53,17 @@ def decode_in_child(data: bytes, options: DecodeOptions, time_limit: float) -> D
             input=header + data,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            timeout=time_limit,
+            timeout=WAITING_FACTOR * time_limit,
             env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
             check=False,
         )
+        is_late = -process.returncode == getattr(signal, "SIGXCPU", None)
     except subprocess.TimeoutExpired:
+        is_late = True
+    if is_late:
         raise UnusableFile(
             f"takes longer than {time_limit:g} s to decode; save it again as a smaller JPEG"
-        ) from None
+        )
     line, _, pixels = process.stdout.partition(b"\n")
     if not line:
         raise UnusableFile("is damaged or cut short (its decoder was ended)")
@@ -67,11 +76,15 @@ def decode_in_child(data: bytes, options: DecodeOptions, time_limit: float) -> D
 
 def serve_one() -> None:
     """Decode the image on standard input; the main function of the child."""
+    header = json.loads(sys.stdin.buffer.readline())
+    seconds = math.ceil(header["time_limit"])
     with suppress(ImportError, ValueError, OSError):  # Windows has no such limits
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    options = DecodeOptions(**json.loads(sys.stdin.buffer.readline()))
+        # the first limit sends SIGXCPU, the second one ends a process that ignores it
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
+    options = DecodeOptions(**header["options"])
     try:
         decoded = decode_file(sys.stdin.buffer.read(), options)
     except UnusableFile as error:

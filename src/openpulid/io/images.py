@@ -67,7 +67,7 @@ def open_image(
         max_bytes: maximum file size in bytes.
         max_pixels: maximum width times height. Both limits are checked before decoding.
         min_side: minimum of width and height in pixels.
-        time_limit: decode files in a child process that is ended after so many seconds. For
+        time_limit: decode files in a child process with so many seconds of processor time. For
             servers, whose images are from strangers.
 
     Raises:
