@@ -228,6 +228,23 @@ def test_sizes_and_resize_modes() -> None:
     assert stretch.image.getpixel((1, 16)) == (0, 0, 0)
 
 
+@pytest.mark.parametrize(
+    ("resize", "size", "is_noted"),
+    [("pad", {}, True), ("crop", {}, False), ("pad", {"width": 32, "height": 24}, False)],
+)
+def test_resize_without_a_size_is_noted(
+    sdxl_studio: Studio,
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    resize: Any,
+    size: dict[str, int],
+    is_noted: bool,
+) -> None:
+    init = InitImage(folder / "room.png", resize=resize)
+    sdxl_studio.generate(GenerationRequest("portrait", init_image=init, **size))
+    assert ("resize pad has little effect without a size" in caplog.text) == is_noted
+
+
 def test_strength_without_a_step_is_refused(sdxl_studio: Studio, folder: Path) -> None:
     init = InitImage(folder / "room.png", strength=0.2)
     request = GenerationRequest("portrait", init_image=init)

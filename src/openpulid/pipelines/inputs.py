@@ -136,6 +136,18 @@ class RequestInputs:
         size = {"width": request.width or width, "height": request.height or height}
         return request.model_copy(update=size)
 
+    def describe_fit(self, request: GenerationRequest) -> list[str]:
+        """Return a note if `init_image.resize` is set but the image keeps its ratio in `fit`.
+
+        Args:
+            request: the request before `fit`.
+        """
+        has_size = request.width is not None or request.height is not None
+        if request.init_image is None or request.init_image.resize == "crop" or has_size:
+            return []
+        mode = request.init_image.resize
+        return [f"resize {mode} has little effect without a size: the image keeps its ratio"]
+
     def prepare_edit(
         self, request: GenerationRequest, pipe: Any, seeds: Sequence[int]
     ) -> Edit | None:

@@ -286,8 +286,9 @@ class Studio:
         resolved = self.preset.resolve(request, is_person_shown)
         if inputs is None:
             inputs = open_inputs(resolved, self.preset.models)
+        notes = inputs.describe_fit(request)
         request = inputs.fit(request, self.preset.models)
-        for note in self.preset.describe_ineffective(request, is_person_shown):
+        for note in [*notes, *self.preset.describe_ineffective(request, is_person_shown)]:
             logger.warning("%s", note)
         resolved = self.preset.resolve(request, is_person_shown)
         is_undecided = "compiled" in self.preset.options and resolved.identity.compiled is None
