@@ -17,6 +17,7 @@ from openpulid.pipelines.inputs import RequestInputs
 from openpulid.pipelines.provenance import Provenance
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.request_inputs import Person
+from openpulid.pipelines.style_image import StyleInput
 from tests.cli.conftest import FakeStudio, Run
 
 
@@ -89,6 +90,25 @@ def test_cells_share_a_controlnet(
     assert done.code == 0, done.err
     assert [control.options["scale"] for control in used] == [0.2, 0.5, 1]
     assert used[0].files is used[1].files is used[2].files
+
+
+def test_cells_share_the_adapter_of_a_style(
+    pulid: Run, studio: FakeStudio, anna: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[StyleInput] = []
+    generate = studio.generate
+
+    def record(request: GenerationRequest, inputs: RequestInputs, **options: Any) -> Any:
+        assert isinstance(inputs.add_ons.style, StyleInput)
+        used.append(inputs.add_ons.style)
+        return generate(request, inputs, **options)
+
+    monkeypatch.setattr(studio, "generate", record)
+    grid = ("--grid", "style-scale=0.2,0.5,1", "-o", tmp_path / "out")
+    done = pulid("generate", "portrait", "--style", anna, *grid)
+    assert done.code == 0, done.err
+    assert [style.scale for style in used] == [0.2, 0.5, 1]
+    assert used[0].file is used[1].file is used[2].file
 
 
 @pytest.mark.parametrize(

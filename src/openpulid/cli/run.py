@@ -277,6 +277,7 @@ def _run_jobs(
 
     _extract_identities(jobs, device)
     _detect_control_maps(jobs)
+    _share_style_adapters(jobs)
     studio = load(jobs[0].preset, device)
     if note is not None:
         logger.warning("%s", note)
@@ -336,6 +337,13 @@ def _detect_control_maps(jobs: Sequence[_Job]) -> None:
             ]
             known[controls] = replace(inputs, controls=tuple(shared))
         job.inputs = replace(job.inputs, controls=known[controls].controls)
+
+
+def _share_style_adapters(jobs: Sequence[_Job]) -> None:
+    """Let style images share the file of an IP-Adapter, so that each is loaded once."""
+    files: dict[Path, Any] = {}
+    for job in jobs:
+        job.inputs = replace(job.inputs, add_ons=job.inputs.add_ons.share_style(files))
 
 
 @contextmanager

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from openpulid.pipelines.loras import LoraInput, open_lora, use_loras
 from openpulid.pipelines.model_set import ModelSet
 from openpulid.pipelines.request import GenerationRequest
 from openpulid.pipelines.style_flux import FluxStyleInput
-from openpulid.pipelines.style_image import StyleInput, open_style
+from openpulid.pipelines.style_image import StyleAdapterFile, StyleInput, open_style
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,18 @@ class AddOns:
             lora.check(models)
         for embedding in self.embeddings:
             embedding.check(models)
+
+    def share_style(self, files: dict[Path, StyleAdapterFile]) -> AddOns:
+        """Return the same add-ons with the IP-Adapter that another style image has loaded.
+
+        Args:
+            files: of other requests, by path; the file of this one is added. On FLUX the pipeline
+                loads it.
+        """
+        if not isinstance(self.style, StyleInput):
+            return self
+        file = files.setdefault(self.style.file.path, self.style.file)
+        return replace(self, style=replace(self.style, file=file))
 
     @contextmanager
     def use(self, pipe: Any) -> Iterator[dict[str, Tensor]]:

@@ -26,6 +26,28 @@ VISION_ENCODER = "clip-h"
 """The published vision encoder of IP-Adapter's files for SDXL that end with `vit-h`."""
 
 
+class StyleAdapterFile:
+    """The file of an IP-Adapter for SDXL, which is loaded when it is first used.
+
+    Args:
+        path: the file.
+
+    Raises:
+        WeightsError: it is of another kind.
+    """
+
+    def __init__(self, path: Path) -> None:
+        IPAdapter.check_file(path)
+        self.path = path
+
+    @cached_property
+    def adapter(self) -> IPAdapter:
+        """The IP-Adapter; it is loaded now if it has not been used yet."""
+        adapter = IPAdapter.load(self.path)
+        assert isinstance(adapter, IPAdapter)
+        return adapter
+
+
 @dataclass(frozen=True, eq=False)
 class StyleInput:
     """The files of a `StyleImage`.
@@ -33,21 +55,14 @@ class StyleInput:
     Attributes:
         image: the decoded image.
         scale: weight of its tokens.
-        adapter_file: file of the IP-Adapter.
+        file: of the IP-Adapter; several style images can share it.
         vision_encoder: file of the vision encoder, or the miniature's folder of it.
     """
 
     image: Image.Image
     scale: float
-    adapter_file: Path
+    file: StyleAdapterFile
     vision_encoder: Path
-
-    @cached_property
-    def adapter(self) -> IPAdapter:
-        """The IP-Adapter; it is loaded now if it has not been used yet."""
-        adapter = IPAdapter.load(self.adapter_file)
-        assert isinstance(adapter, IPAdapter)
-        return adapter
 
     @contextmanager
     def use(self, pipe: Any) -> Iterator[dict[str, Tensor]]:
@@ -66,12 +81,13 @@ class StyleInput:
         features = encode_style(
             self.vision_encoder, self.image, pipe._execution_device, pipe.unet.dtype
         )
-        self.adapter.attach(pipe)
+        adapter = self.file.adapter
+        adapter.attach(pipe)
         try:
-            with self.adapter.use(features, scale=self.scale, pipe=pipe):
+            with adapter.use(features, scale=self.scale, pipe=pipe):
                 yield {}
         finally:
-            self.adapter.detach(pipe)
+            adapter.detach(pipe)
 
 
 def open_style(
@@ -91,8 +107,7 @@ def open_style(
     image = open_image(style.image, min_side=1, time_limit=time_limit)
     if (own := models.style_files) is not None:
         adapter_file = own.adapter if style.model is None else resolve_path(style.model)
-        IPAdapter.check_file(adapter_file)
-        return StyleInput(image, style.scale, adapter_file, own.vision_encoder)
+        return StyleInput(image, style.scale, StyleAdapterFile(adapter_file), own.vision_encoder)
     name = style.model or DEFAULT_STYLES[models.family]
     is_flux = PUBLISHED_STYLES.get(name) == "flux"
     encoder = FLUX_ENCODER if is_flux else VISION_ENCODER
@@ -104,5 +119,4 @@ def open_style(
     adapter_file = resolve_path(name)
     if is_flux:
         return FluxStyleInput(image, style.scale, adapter_file, resolve_path(encoder))
-    IPAdapter.check_file(adapter_file)
-    return StyleInput(image, style.scale, adapter_file, resolve_path(encoder))
+    return StyleInput(image, style.scale, StyleAdapterFile(adapter_file), resolve_path(encoder))
