@@ -247,7 +247,7 @@ def demo(
     people_seed: Annotated[
         int, typer.Option(min=0, max=MAX_PERSON, help="Which of the held-out people.")
     ] = 0,
-    preset: MiniaturePreset = "mini-lightning",
+    preset: MiniaturePreset = "mini",
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:

@@ -93,7 +93,7 @@ def run(
     folder: Path,
     *,
     people_seed: int = 0,
-    preset: str = "mini-lightning",
+    preset: str = "mini",
     device: str | None = None,
     log: Callable[[str], None] = lambda text: None,
 ) -> DemoResult:

@@ -56,20 +56,22 @@ def mini_stage2() -> Recipe:
 def mini_stage3() -> Recipe:
     """Return stage 3: stage 2 with alignment to the lightning branch without an identity.
 
-    The weights are twice the paper's, at its ratio. The paper does not say how it reduces its
-    norms, and with its own weights stage 3 preserved no more of the image than stage 2 at a scale
-    of the same identity similarity (benchmarks/mini-ablation.md). Three times its weights left
-    CLIP-I .02 above the target and cost similarity (benchmarks/mini-build.md). Every second rollout
-    is on the base: a stage 3 with rollouts on the student alone kept three fifths of stage 2's
-    similarity on the base at the same four timesteps.
+    - Every second rollout is on the base: a stage 3 with rollouts on the student alone kept three
+      fifths of stage 2's similarity on the base at the same four timesteps. These rollouts have the
+      guidance of the preset, which amplifies an identity that was trained without it.
+    - A loss outside the face preserves more of the image than the alignment, and next to it the
+      weights of the alignment hardly matter: they are half of the paper's
+      (benchmarks/mini-build.md).
     """
     recipe = _continue_mini("mini_stage3", init_from="mini_stage2")
     return replace(
         recipe,
         id_loss="accurate",
-        semantic_weight=1.2,
-        layout_weight=0.2,
+        semantic_weight=0.3,
+        layout_weight=0.05,
+        outside_weight=2.0,
         rollout_on_base=True,
+        base_guidance_scale=3.0,
     )
 
 
@@ -117,8 +119,9 @@ def on_mini_flux(recipe: Recipe) -> Recipe:
     - Stage 1 has the density t ** 1 of timesteps on SDXL. Here a mean of the logit above zero draws
       more high noise, in which the shape of a face is decided. A mean of .5, and SDXL's rate, learn
       less than half as much in 300 steps (benchmarks/flux-training.md).
-    - The alignment has a quarter of SDXL's weights, with which stage 3 lost half of the identity
-      that stage 2 had learned (benchmarks/mini-build.md).
+    - Stage 3 has no loss outside the face, and its rollouts on the base no guidance. With that loss
+      and a longer stage 2 it shows more of the person and less of the prompt
+      (benchmarks/mini-build.md).
     """
     init_from = recipe.init_from and recipe.init_from.replace("mini", "mini_flux")
     return replace(
@@ -135,8 +138,8 @@ def on_mini_flux(recipe: Recipe) -> Recipe:
         logit_mean=recipe.timestep_bias,
         timestep_bias=0.0,
         lr=1e-3,
-        semantic_weight=0.25 * recipe.semantic_weight,
-        layout_weight=0.25 * recipe.layout_weight,
+        outside_weight=0.0,
+        base_guidance_scale=1.0,
         text_tokens=32,
     )
 
