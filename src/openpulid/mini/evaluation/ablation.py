@@ -35,16 +35,17 @@ PRESERVATION = {
     "outside_face": "change outside the face",
 }
 ALIGNMENT = ((0.0, 0.0), (0.6, 0.1), (3.0, 0.0), (0.0, 0.5), (3.0, 0.5))
-"""Weights of L_sem and L_layout. The second pair is the paper's; the default recipe uses more."""
+"""Weights of L_sem and L_layout. The second pair is the paper's."""
 
 
 def sweep_recipes() -> dict[str, Recipe]:
     """Return the recipes of the sweep by name.
 
-    Stage 2 with gradients through 1 to 4 steps, and stage 3 with the weights of `ALIGNMENT`.
+    Stage 2 with gradients through 1 to 4 steps, and stage 3 with the weights of `ALIGNMENT` and the
+    paper's losses alone.
     """
     stage2 = find_recipe("mini_stage2")
-    stage3 = find_recipe("mini_stage3")
+    stage3 = replace(find_recipe("mini_stage3"), outside_weight=0.0, base_guidance_scale=1.0)
     recipes = {f"k={steps}": replace(stage2, grad_steps=steps) for steps in GRAD_STEPS}
     for semantic, layout in ALIGNMENT:
         name = f"sem {semantic:g}, layout {layout:g}"
