@@ -1,5 +1,5 @@
 # make demo      generate the demo images with the miniature, into demo/
-# make test      run the tests, one process per core (13 min on 2 cores, 16 with Chromium)
+# make test      run the tests, one process per core (13 min on 2 cores, 17 with Chromium)
 # make test-lowest  run the tests with the lowest versions that pyproject.toml allows (needs uv)
 # make quality   lint, format check, types
 # make docs      build the documentation site into site/
