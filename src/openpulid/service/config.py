@@ -39,7 +39,7 @@ class Limits:
         images: images of one request.
         steps: sampling steps of an image.
         side: longest side of a generated image in pixels.
-        decode_seconds: of processor time, for decoding one uploaded image.
+        decode_seconds: processor time for decoding one uploaded image.
         jobs_per_key: unfinished jobs of one API key.
         jobs: unfinished jobs in all.
         rate: requests of one API key for images or identities, such as "60/minute".

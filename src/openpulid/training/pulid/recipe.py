@@ -108,7 +108,9 @@ class Recipe:
     rollout_steps: int = 4
     grad_steps: int = 1  # final steps of the rollout that carry gradients
     rollout_on_base: bool = False  # also on the base, alternating with the few-step models: choice
-    base_guidance_scale: float = 1.0  # of rollouts on the base; guided, they align nothing: choice
+    base_guidance_scale: float = (
+        1.0  # of rollouts on the base; above 1 they have no alignment: choice
+    )
     guidance_scale: float = 1.0
     sampler: str = "euler"  # choice
     gradient_checkpointing: bool = False  # in the rollout, and in the U-Net at full size

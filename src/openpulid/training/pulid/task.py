@@ -398,7 +398,7 @@ class PuLIDTask:
     def _attention_capture(
         self, rng: StepRNG, model: BaseModel, batch: Batch, is_guided: bool
     ) -> Callable[[], Rollout]:
-        """Return a rollout from fixed noise that captures the attention to align, if unguided."""
+        """Return a function that runs one rollout; without guidance it captures the attention."""
         noise = self._noise(rng, model, batch)
         prompts = self._prompts(self._align_prompt(rng), batch)
         text = self._encode_text(model, prompts, is_guided)
