@@ -10,10 +10,11 @@ import torch
 from openpulid.mini.train import portraits as portraits_module
 from openpulid.mini.train.portraits import (
     FRONTAL_ATTRIBUTES,
+    PLAIN_FACE,
     Mixture,
     Portraits,
+    find_changed_faces,
     find_frontal,
-    find_occluded,
     list_other_views,
     sample_other_views,
 )
@@ -54,21 +55,18 @@ def test_frontal_images_show_the_whole_face() -> None:
     assert find_frontal(SimpleNamespace(attributes=seen)).tolist() == [True, False, False, True]
 
 
-def test_id_loss_references_show_the_requested_occluder(monkeypatch) -> None:
-    """An ID loss against an uncovered face removes what the caption asks for."""
-    none = {name: kinds.index("none") for name, kinds in ATTRIBUTES.items() if "none" in kinds}
+def test_id_loss_references_show_the_requested_face(monkeypatch) -> None:
+    """An ID loss against a plain face removes glasses, beards and expressions of the caption."""
+    plain = FRONTAL_ATTRIBUTES | PLAIN_FACE
     seen = np.zeros((6, len(ATTRIBUTES)), dtype=np.int8)
     seen[:] = [
-        none.get(
-            name,
-            ATTRIBUTES[name].index(FRONTAL_ATTRIBUTES[name]) if name in FRONTAL_ATTRIBUTES else 1,
-        )
-        for name in ATTRIBUTES
+        kinds.index(plain[name]) if name in plain else 1 for name, kinds in ATTRIBUTES.items()
     ]
     seen[0, list(ATTRIBUTES).index("glasses")] = ATTRIBUTES["glasses"].index("sunglasses")
     seen[3, list(ATTRIBUTES).index("beard")] = ATTRIBUTES["beard"].index("beard")
+    seen[4, list(ATTRIBUTES).index("expression")] = ATTRIBUTES["expression"].index("angry")
     data = WorldPictures(seen)
-    assert find_occluded(data).tolist() == [True, False, False, True, False, False]
+    assert find_changed_faces(data).tolist() == [True, False, False, True, True, False]
     asked: list[np.ndarray] = []
     monkeypatch.setattr(
         portraits_module,
@@ -79,8 +77,8 @@ def test_id_loss_references_show_the_requested_occluder(monkeypatch) -> None:
     portraits.batch(StepRNG(0, 0))
     rows, read = data.asked
     assert (read != rows).all()  # features are of another picture
-    hidden = np.isin(rows, [0, 3])
-    assert (asked[0][hidden] == rows[hidden]).all() and (asked[0][~hidden] == read[~hidden]).all()
+    changed = np.isin(rows, [0, 3, 4])
+    assert (asked[0] == np.where(changed, rows, read)).all()
 
 
 class WorldPictures:

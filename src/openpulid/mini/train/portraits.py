@@ -20,10 +20,10 @@ from openpulid.world import ATTRIBUTES, WorldDataset
 FRONTAL_ATTRIBUTES = {"pose": "front", "glasses": "none", "style": "photo"}
 """Attributes of an image whose features are used in training. Other images hide half of the face,
 and an adapter trained on them learns to rely on features only in part."""
-OCCLUDERS = ("glasses", "beard")
-"""Attributes that hide part of a face because the caption asks for them. An ID loss against a face
-without them removes them: half of the requested glasses disappeared
-(benchmarks/mini-ablation.md)."""
+PLAIN_FACE = {"glasses": "none", "beard": "none", "expression": "neutral"}
+"""Attributes that change a face, and the value that leaves it as it is. An ID loss against a face
+without a requested change removes it: half of the glasses and three of four angry faces disappeared
+(benchmarks/mini-build.md)."""
 
 
 class Portraits:
@@ -38,8 +38,8 @@ class Portraits:
         batch_size: images per step, over all processes.
         device: of the batches.
         with_images: whether batches contain the reference images of an ID loss. These are the
-            images that the features come from, or the training image itself if an occluder covers
-            its face.
+            images that the features come from, or the training image itself if its caption changes
+            the face, see `PLAIN_FACE`.
         paired: take the features from another, frontal image of the same person.
     """
 
@@ -63,7 +63,7 @@ class Portraits:
         self.batch_size = batch_size
         self.device = device
         self.with_images = with_images
-        self.is_occluded = torch.from_numpy(find_occluded(data))
+        self.is_changed = torch.from_numpy(find_changed_faces(data))
         self.other_views: list[Tensor] | None = None
         if paired:
             people = torch.from_numpy(np.array(data.people))
@@ -80,7 +80,7 @@ class Portraits:
 
         images = None
         if self.with_images:
-            image_rows = torch.where(self.is_occluded[rows], rows, feature_rows)
+            image_rows = torch.where(self.is_changed[rows], rows, feature_rows)
             images = load_faces(self.data, image_rows.numpy(), torch.device(self.device))[0]
         landmarks = torch.from_numpy(self.data.landmarks[rows.numpy()] / self.data.images.shape[-1])
         people = torch.from_numpy(np.asarray(self.data.people)[rows.numpy()])
@@ -119,12 +119,12 @@ def find_frontal(data: WorldDataset) -> np.ndarray:
     return is_frontal
 
 
-def find_occluded(data: WorldDataset) -> np.ndarray:
-    """Return (N,) bool: images in which an occluder covers part of the face."""
-    is_occluded = np.zeros(len(data.attributes), dtype=bool)
-    for name in OCCLUDERS:
-        is_occluded |= _attribute(data, name) != ATTRIBUTES[name].index("none")
-    return is_occluded
+def find_changed_faces(data: WorldDataset) -> np.ndarray:
+    """Return (N,) bool: images whose captions change the face, see `PLAIN_FACE`."""
+    is_changed = np.zeros(len(data.attributes), dtype=bool)
+    for name, value in PLAIN_FACE.items():
+        is_changed |= _attribute(data, name) != ATTRIBUTES[name].index(value)
+    return is_changed
 
 
 def _attribute(data: WorldDataset, name: str) -> np.ndarray:
