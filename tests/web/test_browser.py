@@ -99,7 +99,19 @@ def button(page: Any, name: str) -> Any:
 
 
 def open_panel(page: Any, name: str) -> None:
+    """Open or close a panel. Gradio soon sets the values in an opened one again."""
     page.get_by_role("button", name=name).filter(visible=True).first.click()
+    page.wait_for_timeout(500)
+
+
+def fill_until_kept(field: Any, value: str) -> None:
+    """Fill a field, again if Gradio has reset it while it opened the panel."""
+    for _ in range(10):
+        field.fill(value)
+        field.page.wait_for_timeout(300)
+        if field.input_value() == value:
+            return
+    raise AssertionError(f"the field does not keep {value!r}")
 
 
 def prompt(page: Any) -> Any:
@@ -183,7 +195,7 @@ def test_error_is_shown_in_its_place_and_old_images_stay(page: Any) -> None:
     prompt(page).fill("portrait")
     open_panel(page, "More options")
     steps = page.get_by_label("Steps", exact=True)
-    steps.fill("0")
+    fill_until_kept(steps, "0")
     open_panel(page, "More options")
     steps.wait_for(state="hidden")
     button(page, "Generate").click()
