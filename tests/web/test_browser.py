@@ -366,6 +366,36 @@ def test_stop_keeps_finished_images(page: Any) -> None:
     assert button(page, "Generate").is_enabled()
 
 
+def test_stop_ends_the_run_although_enter_is_pressed(page: Any) -> None:
+    page.get_by_label("Images", exact=True).and_(page.get_by_role("spinbutton")).fill("60")
+    prompt(page).press("Shift+Enter")
+    images(page).first.wait_for()
+    prompt(page).press("Shift+Enter")
+    button(page, "Stop").click()
+    assert message(page, "status").startswith("Stopped. ")
+    page.wait_for_timeout(1000)
+    assert button(page, "Generate").is_enabled()  # no second run was waiting
+
+
+def test_stop_leaves_the_queue(browser: Any, page: Any, url: str) -> None:
+    page.get_by_label("Images", exact=True).and_(page.get_by_role("spinbutton")).fill("60")
+    open_panel(page, "More options")
+    fill_until_kept(page.get_by_label("Steps", exact=True), "100")
+    button(page, "Generate").click()
+    images(page).first.wait_for()
+    context = browser.new_context(reduced_motion="reduce")
+    for other in open_page(context, url):
+        button(other, "Generate").click()
+        other.get_by_text("queue").first.wait_for()
+        button(other, "Stop").click()
+        assert "before the first image" in message(other, "status")
+        assert button(other, "Generate").is_enabled()
+        playwright.expect(page.locator("#stop")).to_be_visible()  # the first visitor's run goes on
+    context.close()
+    button(page, "Stop").click()
+    assert message(page, "status").startswith("Stopped. ")
+
+
 def test_keyboard_alone_is_enough(page: Any) -> None:
     """From the tabs to the prompt, and Enter generates."""
     page.get_by_role("tab", name="Create").focus()

@@ -78,6 +78,7 @@ from gradio_client import handle_file  # noqa: E402
 
 from openpulid.web.components import Page, build_field  # noqa: E402
 from openpulid.web.events import DELETE_CACHE  # noqa: E402
+from openpulid.web.generation_events import stop_generation  # noqa: E402
 from openpulid.web.layout import build_layout  # noqa: E402
 from openpulid.web.people import preview_faces  # noqa: E402
 from openpulid.web.run import run_generation  # noqa: E402
@@ -391,6 +392,13 @@ def test_stopped_before_the_first_image_keeps_the_old_ones(tmp_path: Path) -> No
     session.stop("waiting")
     (updates,) = run_page(session, job="waiting")
     assert "Stopped before the first image" in updates["message"] and "gallery" not in updates
+
+
+def test_stopped_run_leaves_the_queue_only_while_it_waits(tmp_path: Path) -> None:
+    session = WebSession(tmp_path)
+    run_page(session, job="first")
+    assert stop_generation(session, "first") == gradio.skip()  # it ends after its present step
+    assert stop_generation(session, "waiting") == "waiting" and session.is_stopped("waiting")
 
 
 def test_preview_while_generating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

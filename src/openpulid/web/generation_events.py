@@ -11,6 +11,7 @@ from openpulid.web.components import Page
 from openpulid.web.handlers import PRIVATE, STUDIO, named_handler
 from openpulid.web.invent import invent_person
 from openpulid.web.marks import mark_outputs, marks, show_problem
+from openpulid.web.messages import describe_images, status_html
 from openpulid.web.run import run_generation
 from openpulid.web.session import WebSession
 
@@ -22,6 +23,9 @@ BEGIN = """() => {{
   return [job, generate, stop, ...Array({num_marks}).fill("")];
 }}"""
 """Name the job, show the button Stop, and remove the errors of the last one."""
+
+PRESS = "() => document.querySelector('#generate').click()"
+"""Press Generate, which does nothing while a generation runs: Stop ends a single one."""
 
 END = """() => {
   const mark = document.querySelector(".mark .error");
@@ -63,21 +67,31 @@ def connect_generation(session: WebSession, page: Page) -> None:
     )
     handler = named_handler(partial(run_generation, session, page), names, progress=True)
     begin = BEGIN.format(num_marks=len(marks(page)))
-    for event, api in (
-        (parts["generate"].click, {"api_name": "generate"}),
-        (page.values["prompt"].submit, PRIVATE),
-        (invented.then, PRIVATE),
-    ):
-        begun = event(None, None, [parts["job"], *buttons, *marks(page)], js=begin)
-        run = begun.then(
-            handler,
-            inputs,
-            [parts[name] for name in OUTPUTS],
-            show_progress_on=parts["message"],
-            **STUDIO,
-            **api,
-        )
-        run.then(partial(show_problem, page), parts["problem"], mark_outputs(page), **PRIVATE).then(
-            None, None, buttons, js=END
-        )
-    parts["stop"].click(session.stop, parts["job"], None, queue=False, **PRIVATE)
+    begun = parts["generate"].click(None, None, [parts["job"], *buttons, *marks(page)], js=begin)
+    run = begun.then(
+        handler,
+        inputs,
+        [parts[name] for name in OUTPUTS],
+        show_progress_on=parts["message"],
+        api_name="generate",
+        **STUDIO,
+    )
+    run.then(partial(show_problem, page), parts["problem"], mark_outputs(page), **PRIVATE).then(
+        None, None, buttons, js=END
+    )
+    for event in (page.values["prompt"].submit, invented.then):
+        event(None, None, None, js=PRESS)
+
+    parts["stop"].click(
+        partial(stop_generation, session), parts["job"], parts["left"], queue=False, **PRIVATE
+    )
+    left = parts["left"].change(None, None, None, cancels=[run])
+    left.then(lambda: status_html(describe_images([], True, 0)), None, parts["message"], **PRIVATE)
+    left.then(None, None, buttons, js=END)
+
+
+def stop_generation(session: WebSession, job: str) -> Any:
+    """Stop a generation; return its name if it has not begun and is to leave the queue."""
+    has_begun = session.has_begun(job)
+    session.stop(job)
+    return gr.skip() if has_begun else job

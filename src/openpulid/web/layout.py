@@ -40,6 +40,7 @@ def build_layout(session: WebSession) -> Page:
     page = Page(session.preset(session.models))
     page.values["mode"] = gr.Textbox("create", visible=False)
     page.parts["job"] = gr.Textbox("", visible=False)
+    page.parts["left"] = gr.Textbox("", visible="hidden")
     page.parts["visitor"] = gr.BrowserState(None, storage_key="openpulid-visitor")
     page.parts["images"] = gr.State([])
     page.parts["problem"] = gr.State(None)

@@ -32,6 +32,7 @@ def run_generation(
     """
     parts = page.parts
     job = values.get("job") or secrets.token_hex(8)
+    session.begin(job)
     images: list[PageImage] = []
     notes: list[str] = []
     begin = time.monotonic()

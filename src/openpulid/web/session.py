@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 KEPT_SECONDS = 3600
 """Time for which files are kept: uploads, and generated images without a history."""
 RUN_PREFIX = "run-"
-MAX_STOPPED = 256
-"""Names of stopped calls that are remembered."""
+MAX_JOBS = 256
+"""Names of calls that are remembered: of those that have begun, and of those that are stopped."""
 
 
 class WebSession:
@@ -66,7 +66,8 @@ class WebSession:
         self._extractor: tuple[ModelSelection, IdentityExtractor] | None = None
         self.identities: OrderedDict[object, Identity] = OrderedDict()
         self._presets: dict[ModelSelection, Preset] = {}
-        self._stopped: deque[str] = deque(maxlen=MAX_STOPPED)
+        self._begun: deque[str] = deque(maxlen=MAX_JOBS)
+        self._stopped: deque[str] = deque(maxlen=MAX_JOBS)
 
     def make_folder(self) -> Path:
         """Create a folder for the files of a run.
@@ -142,6 +143,14 @@ class WebSession:
             self._extractor = None
             self._extractor = (preset.selection, load_extractor(preset, self.device))
         return self._extractor[1]
+
+    def begin(self, job: str) -> None:
+        """Note that a call of `generate` is not in the queue any more."""
+        self._begun.append(job)
+
+    def has_begun(self, job: str) -> bool:
+        """Whether a call of `generate` has left the queue."""
+        return job in self._begun
 
     def stop(self, job: str) -> None:
         """End a call of `generate` after its present step, also one that has not begun."""
