@@ -8,13 +8,10 @@ import torch
 from torch import Tensor
 
 from openpulid.identity.extractor import MiniExtractor
-from openpulid.mini.accelerated.scenes import COLUMNS
 from openpulid.mini.accelerated.train_set import TrainSet
 from openpulid.mini.accelerated.world import World
-from openpulid.mini.train.portraits import PLAIN_FACE
 from openpulid.training import StepRNG
 from openpulid.training.pulid import Batch
-from openpulid.world import ATTRIBUTES
 
 
 class DevicePortraits:
@@ -41,11 +38,6 @@ class DevicePortraits:
         self.extractor = extractor
         self.portraits = portraits
         self.batch_size = batch_size
-        is_changed = [
-            world.scenes.attributes[:, COLUMNS[name]] != ATTRIBUTES[name].index(value)
-            for name, value in PLAIN_FACE.items()
-        ]
-        self.is_changed = torch.stack(is_changed).any(0)
 
     @torch.no_grad()
     def batch(self, rng: StepRNG) -> Batch:
@@ -59,14 +51,13 @@ class DevicePortraits:
 
         portrait_rows = self._other_portraits(rows, rng)
         id_cond, hidden = self.extractor.extract_batch(*self.world.rows(portrait_rows))
-        image_rows = torch.where(self.is_changed[rows], rows, portrait_rows)
         return Batch(
             data.latents[rows].float(),
             data.faces[rows].float(),
             prompts,
             id_cond,
             [level.float() for level in hidden],
-            self.world.rows(image_rows)[0],
+            self.world.rows(rows)[0],
             self.world.landmarks[rows] / self.world.images.shape[-1],
             people=rows // self.world.per_person,
         )

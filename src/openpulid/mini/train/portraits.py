@@ -20,10 +20,6 @@ from openpulid.world import ATTRIBUTES, WorldDataset
 FRONTAL_ATTRIBUTES = {"pose": "front", "glasses": "none", "style": "photo"}
 """Attributes of an image whose features are used in training. Other images hide half of the face,
 and an adapter trained on them learns to rely on features only in part."""
-PLAIN_FACE = {"glasses": "none", "beard": "none", "expression": "neutral"}
-"""Attributes that change a face, and the value that leaves it as it is. An ID loss against a face
-without a requested change removes it: half of the glasses and three of four angry faces disappeared
-(benchmarks/mini-build.md)."""
 
 
 class Portraits:
@@ -37,9 +33,10 @@ class Portraits:
         tokenizer: turns caption tokens back into text.
         batch_size: images per step, over all processes.
         device: of the batches.
-        with_images: whether batches contain the reference images of an ID loss. These are the
-            images that the features come from, or the training image itself if its caption changes
-            the face, see `PLAIN_FACE`.
+        with_images: whether batches contain the images that an ID loss compares with. These are
+            the training images themselves: compared with another image of the person, the loss
+            takes the pose, the glasses and the expression of a caption for those of another person
+            and removes them (benchmarks/mini-build.md).
         paired: take the features from another, frontal image of the same person.
     """
 
@@ -63,7 +60,6 @@ class Portraits:
         self.batch_size = batch_size
         self.device = device
         self.with_images = with_images
-        self.is_changed = torch.from_numpy(find_changed_faces(data))
         self.other_views: list[Tensor] | None = None
         if paired:
             people = torch.from_numpy(np.array(data.people))
@@ -80,8 +76,7 @@ class Portraits:
 
         images = None
         if self.with_images:
-            image_rows = torch.where(self.is_changed[rows], rows, feature_rows)
-            images = load_faces(self.data, image_rows.numpy(), torch.device(self.device))[0]
+            images = load_faces(self.data, rows.numpy(), torch.device(self.device))[0]
         landmarks = torch.from_numpy(self.data.landmarks[rows.numpy()] / self.data.images.shape[-1])
         people = torch.from_numpy(np.asarray(self.data.people)[rows.numpy()])
         return Batch(latents, masks, prompts, id_cond, hidden, images, landmarks, people=people)
@@ -115,20 +110,9 @@ def find_frontal(data: WorldDataset) -> np.ndarray:
     """Return (N,) bool: images that are suitable as reference images."""
     is_frontal = np.ones(len(data.attributes), dtype=bool)
     for name, value in FRONTAL_ATTRIBUTES.items():
-        is_frontal &= _attribute(data, name) == ATTRIBUTES[name].index(value)
+        column = np.asarray(data.attributes[:, list(ATTRIBUTES).index(name)])
+        is_frontal &= column == ATTRIBUTES[name].index(value)
     return is_frontal
-
-
-def find_changed_faces(data: WorldDataset) -> np.ndarray:
-    """Return (N,) bool: images whose captions change the face, see `PLAIN_FACE`."""
-    is_changed = np.zeros(len(data.attributes), dtype=bool)
-    for name, value in PLAIN_FACE.items():
-        is_changed |= _attribute(data, name) != ATTRIBUTES[name].index(value)
-    return is_changed
-
-
-def _attribute(data: WorldDataset, name: str) -> np.ndarray:
-    return np.asarray(data.attributes[:, list(ATTRIBUTES).index(name)])
 
 
 def list_other_views(people: Tensor, is_frontal: Tensor) -> list[Tensor]:
