@@ -190,8 +190,8 @@ FLUX_STAGES: list[Stage] = [
         for name, minutes in (
             ("flux-stage1", 60),
             ("flux-naive", 25),
-            ("flux-stage2", 40),
-            ("flux-stage3", 90),
+            ("flux-stage2", 120),
+            ("flux-stage3", 150),
         )
     ),
 ]

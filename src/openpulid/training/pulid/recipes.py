@@ -119,9 +119,7 @@ def on_mini_flux(recipe: Recipe) -> Recipe:
     - Stage 1 has the density t ** 1 of timesteps on SDXL. Here a mean of the logit above zero draws
       more high noise, in which the shape of a face is decided. A mean of .5, and SDXL's rate, learn
       less than half as much in 300 steps (benchmarks/flux-training.md).
-    - Stage 3 has no loss outside the face, and its rollouts on the base no guidance. With that loss
-      and a longer stage 2 it shows more of the person and less of the prompt
-      (benchmarks/mini-build.md).
+    - Stage 3 has half of the weight outside the face, and its rollouts on the base no guidance.
     """
     init_from = recipe.init_from and recipe.init_from.replace("mini", "mini_flux")
     return replace(
@@ -138,7 +136,7 @@ def on_mini_flux(recipe: Recipe) -> Recipe:
         logit_mean=recipe.timestep_bias,
         timestep_bias=0.0,
         lr=1e-3,
-        outside_weight=0.0,
+        outside_weight=recipe.outside_weight / 2,
         base_guidance_scale=1.0,
         text_tokens=32,
     )
