@@ -33,15 +33,15 @@ def test_scales_add_a_row_of_each_method() -> None:
     assert list(presets) == [
         BASE, "pulid", "pulid@0.3", "pulid@1.4", "faceid", "faceid@0.3", "faceid@1.4"
     ]  # fmt: skip
-    assert presets["pulid"].defaults.identity.scale == 0.8
+    assert presets["pulid"].defaults.identity.scale == 0.85
     assert presets["pulid@0.3"].defaults.identity.scale == 0.3
     assert presets["faceid@1.4"].models == presets["faceid"].models
 
 
 def test_no_row_is_added_twice() -> None:
-    # the miniature's own scales are .8 and 1
-    assert labels(["pulid", "faceid"], [0.8, 1.0]) == [
-        BASE, "pulid", "pulid@1", "faceid", "faceid@0.8"
+    # the miniature's own scales are .85 and 1
+    assert labels(["pulid", "faceid"], [0.85, 1.0]) == [
+        BASE, "pulid", "pulid@1", "faceid", "faceid@0.85"
     ]  # fmt: skip
     assert labels(["pulid@0.5", "pulid"], [0.5, 0.6]) == [BASE, "pulid@0.5", "pulid@0.6", "pulid"]
     assert labels([], [0.5]) == [BASE]

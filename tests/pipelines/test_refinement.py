@@ -184,7 +184,7 @@ def test_each_face_is_that_of_the_person_whose_region_it_is_in(anna, ben) -> Non
     assert [face.request.seed for face in faces] == [7, 8]
     assert torch.equal(faces[0].identity.id_cond, anna.id_cond)
     assert torch.equal(faces[1].identity.id_cond, ben.id_cond)
-    assert [face.request.identity.scale for face in faces] == pytest.approx([0.8, 0.4])
+    assert [face.request.identity.scale for face in faces] == pytest.approx([0.85, 0.425])
     for face, center in zip(faces, (26, 96), strict=True):
         window_left, _, window_right, _ = face.window
         assert abs((window_left + window_right) / 2 - center) < 8

@@ -188,7 +188,7 @@ def mini(directory: Path = MINIATURE) -> Preset:
         num_inference_steps=20,
         guidance_scale=3.0,
         identity=IdentityOptions(
-            scale=0.8,  # changes less of the image than 1, the scale of the training
+            scale=0.85,  # changes less of the image than 1, the scale of the training
             start=0.0,
             end=1.0,
             projection="none",  # as in training
@@ -201,7 +201,7 @@ def mini(directory: Path = MINIATURE) -> Preset:
         models,
         PULID_SDXL_OPTIONS,
         defaults,
-        pose=IdentityOptions(start=0.2, scale=0.8),
+        pose=IdentityOptions(start=0.2, scale=0.85),
     )
 
 
@@ -237,9 +237,9 @@ def mini_flux(directory: Path = MINIATURE) -> Preset:
         timestep_to_start_cfg=0,
         max_sequence_length=32,
         # guidance amplifies an identity that was trained without it
-        identity=IdentityOptions(scale=0.7, start=0.0, end=1.0),
+        identity=IdentityOptions(scale=0.8, start=0.0, end=1.0),
     )
-    pose = IdentityOptions(start=0.2, scale=0.7)
+    pose = IdentityOptions(start=0.2, scale=0.8)
     preset = replace(preset, options=PULID_MINI_FLUX_OPTIONS, defaults=defaults, pose=pose)
     return _rename(preset, "mini-flux", "The miniature with FLUX's architecture")
 

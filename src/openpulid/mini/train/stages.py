@@ -35,6 +35,6 @@ STAGES: list[Stage] = [
     Stage("stage1", 45, partial(train_adapter, name="stage1")),
     Stage("naive", 15, partial(train_adapter, name="naive")),
     Stage("stage2", 110, partial(train_adapter, name="stage2")),
-    Stage("stage3", 170, partial(train_adapter, name="stage3")),
+    Stage("stage3", 250, partial(train_adapter, name="stage3")),
 ]
 """The miniature: under four hours on two cores to the first adapter, five hours for the others."""
