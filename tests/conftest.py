@@ -26,6 +26,8 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
     # Ray keeps the first token that it reads, and would write one into the user's folder.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # By default Ray's workers have the lowest priority, and would wait for all other tests.
+    os.environ.setdefault("RAY_worker_niceness", "0")
 
 
 @pytest.hookimpl(wrapper=True)
