@@ -366,7 +366,7 @@ def test_stop_keeps_finished_images(page: Any) -> None:
     assert button(page, "Generate").is_enabled()
 
 
-def test_stop_ends_the_run_although_enter_is_pressed(page: Any) -> None:
+def test_second_run_is_not_begun_from_the_prompt(page: Any) -> None:
     page.get_by_label("Images", exact=True).and_(page.get_by_role("spinbutton")).fill("60")
     prompt(page).press("Shift+Enter")
     images(page).first.wait_for()

@@ -18,11 +18,12 @@ from openpulid.web.session import WebSession
 BEGIN = """() => {{
   const bytes = crypto.getRandomValues(new Uint8Array(16));
   const job = Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
-  const generate = {{__type__: "update", interactive: false}};
+  const pause = {{__type__: "update", interactive: false}};
   const stop = {{__type__: "update", visible: true}};
-  return [job, generate, stop, ...Array({num_marks}).fill("")];
+  return [job, pause, pause, stop, ...Array({num_marks}).fill("")];
 }}"""
-"""Name the job, show the button Stop, and remove the errors of the last one."""
+"""Name the job, disable what would begin another one, show the button Stop, and remove the errors
+of the last one."""
 
 PRESS = "() => document.querySelector('#generate').click()"
 """Press Generate, which does nothing while a generation runs: Stop ends a single one."""
@@ -35,7 +36,8 @@ END = """() => {
     setTimeout(() => mark.scrollIntoView({behavior, block: "center"}), 100);
   else if (window.innerWidth < 768 && document.querySelector("#message .status"))
     document.querySelector("#images")?.scrollIntoView({behavior});
-  return [{__type__: "update", interactive: true}, {__type__: "update", visible: false}];
+  const resume = {__type__: "update", interactive: true};
+  return [resume, resume, {__type__: "update", visible: false}];
 }"""
 """Show the error, or on a telephone the images; without motion for those who ask for none."""
 
@@ -51,7 +53,7 @@ def connect_generation(session: WebSession, page: Page) -> None:
     parts = page.parts
     names = ["job", "visitor", *page.values]
     inputs = [parts["job"], parts["visitor"], *page.values.values()]
-    buttons = [parts["generate"], parts["stop"]]
+    buttons = [parts["generate"], parts["start"], parts["stop"]]
     values = page.values
 
     def start() -> dict[Any, Any]:
@@ -83,15 +85,16 @@ def connect_generation(session: WebSession, page: Page) -> None:
         event(None, None, None, js=PRESS)
 
     parts["stop"].click(
-        partial(stop_generation, session), parts["job"], parts["left"], queue=False, **PRIVATE
+        partial(stop_generation, session), parts["job"], parts["cancelled"], queue=False, **PRIVATE
     )
-    left = parts["left"].change(None, None, None, cancels=[run])
-    left.then(lambda: status_html(describe_images([], True, 0)), None, parts["message"], **PRIVATE)
-    left.then(None, None, buttons, js=END)
+    cancelled = parts["cancelled"].change(None, None, None, cancels=[run])
+    status = status_html(describe_images([], is_stopped=True, seconds=0))
+    cancelled.then(lambda: status, None, parts["message"], **PRIVATE)
+    cancelled.then(None, None, buttons, js=END)
 
 
 def stop_generation(session: WebSession, job: str) -> Any:
-    """Stop a generation; return its name if it has not begun and is to leave the queue."""
+    """Stop a generation; return its name if it still waits, so that it leaves the queue."""
     has_begun = session.has_begun(job)
     session.stop(job)
     return gr.skip() if has_begun else job

@@ -40,7 +40,8 @@ def build_layout(session: WebSession) -> Page:
     page = Page(session.preset(session.models))
     page.values["mode"] = gr.Textbox("create", visible=False)
     page.parts["job"] = gr.Textbox("", visible=False)
-    page.parts["left"] = gr.Textbox("", visible="hidden")
+    # part of the page, because its changes cancel a job that waits
+    page.parts["cancelled"] = gr.Textbox("", visible="hidden")
     page.parts["visitor"] = gr.BrowserState(None, storage_key="openpulid-visitor")
     page.parts["images"] = gr.State([])
     page.parts["problem"] = gr.State(None)

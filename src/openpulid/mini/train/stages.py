@@ -37,4 +37,4 @@ STAGES: list[Stage] = [
     Stage("stage2", 110, partial(train_adapter, name="stage2")),
     Stage("stage3", 250, partial(train_adapter, name="stage3")),
 ]
-"""The miniature: under four hours on two cores to the first adapter, five hours for the others."""
+"""The miniature: under four hours on two cores to the first adapter, six hours for the others."""
