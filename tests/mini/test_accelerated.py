@@ -20,6 +20,7 @@ from openpulid.mini.accelerated import __main__ as command
 from openpulid.mini.accelerated import autoencoder, face_detection, probe, stages, unet
 from openpulid.mini.accelerated.face_detection import detect_faces
 from openpulid.mini.accelerated.output import Output
+from openpulid.mini.accelerated.portraits import DevicePortraits
 from openpulid.mini.accelerated.scenes import (
     COLUMNS,
     CaptionWriter,
@@ -33,7 +34,9 @@ from openpulid.mini.accelerated.world import plan_world, render_world
 from openpulid.mini.models.pipeline import TextEncoders
 from openpulid.mini.models.tokenizer import build_tokenizer
 from openpulid.mini.train.loss_models import load_face_embedder
-from openpulid.pipelines.presets import MINIATURE
+from openpulid.pipelines.factory import load_extractor
+from openpulid.pipelines.presets import MINIATURE, mini
+from openpulid.training import StepRNG
 from openpulid.training.muon import Muon
 from openpulid.world import ATTRIBUTES, Person, render
 from openpulid.world.render import render_stage
@@ -106,6 +109,19 @@ def test_portraits_are_frontal_photos():
         scenes.scene(k).style == "photo" and scenes.scene(k).pose == "front"
         for k in range(1, 10, 2)
     )
+
+
+def test_id_loss_compares_with_the_image_itself(world, data):
+    """Another image of the person has another pose and expression, which the loss would keep."""
+    extractor = load_extractor(mini(), torch.device("cpu"))
+    source = DevicePortraits(world, data, extractor, portraits=2, batch_size=8)
+    batch = source.batch(StepRNG(0, 0))
+    for latents, image, features in zip(batch.latents, batch.images, batch.id_cond, strict=True):
+        (row,) = (data.latents.float() == latents).all((1, 2, 3)).nonzero()
+        images, masks, landmarks = world.rows(row)
+        assert torch.equal(image, images[0])
+        own, _ = extractor.extract_batch(images, masks, landmarks)
+        assert not torch.allclose(features, own[0], atol=1e-3)  # features are of another image
 
 
 def test_captions_only_mention_visible_attributes(generator):
