@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,13 +52,11 @@ def record_one_row(recorder: Recorder, machine: Any) -> None:
 
 
 @pytest.fixture
-def frozen_imports() -> Iterator[None]:
+def frozen_imports() -> None:
     """Let the garbage collector, which runs before every row, ignore what is imported."""
     gpu.load_measures()
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def test_every_part_measures_tiny_networks(tmp_path: Path, frozen_imports: None) -> None:
