@@ -67,7 +67,8 @@ def test_recipes_are_those_of_the_miniature_at_every_block() -> None:
         assert (flux.batch, flux.lr, flux.steps) == (sdxl.batch, 1e-3, sdxl.steps)
         assert flux.id_loss == sdxl.id_loss
         assert flux.semantic_weight == sdxl.semantic_weight
-        assert flux.outside_weight == sdxl.outside_weight / 2
+        assert flux.id_weight == 1 and flux.outside_weight == sdxl.outside_weight / 4
+        assert flux.outside_margin == sdxl.outside_margin
         assert flux.layout_weight == sdxl.layout_weight
         assert flux.init_from == (sdxl.init_from and sdxl.init_from.replace("mini", "mini_flux"))
     assert find_recipe("mini_flux_stage1").logit_mean == 1

@@ -60,16 +60,19 @@ def mini_stage3() -> Recipe:
       fifths of stage 2's similarity on the base at the same four timesteps. These rollouts have the
       guidance of the preset, which amplifies an identity that was trained without it.
     - A loss outside the face preserves more of the image than the alignment, and next to it the
-      weights of the alignment hardly matter: they are half of the paper's
-      (benchmarks/mini-build.md).
+      weights of the alignment hardly matter (benchmarks/mini-build.md). It leaves out a band around
+      the face, because another outline changes the pixels next to it.
+    - The ID loss weighs three times as much as in stage 2, against the other losses.
     """
     recipe = _continue_mini("mini_stage3", init_from="mini_stage2")
     return replace(
         recipe,
         id_loss="accurate",
+        id_weight=3.0,
         semantic_weight=0.3,
         layout_weight=0.05,
-        outside_weight=2.0,
+        outside_weight=4.0,
+        outside_margin=1 / 24,
         rollout_on_base=True,
         base_guidance_scale=3.0,
     )
@@ -119,7 +122,8 @@ def on_mini_flux(recipe: Recipe) -> Recipe:
     - Stage 1 has the density t ** 1 of timesteps on SDXL. Here a mean of the logit above zero draws
       more high noise, in which the shape of a face is decided. A mean of .5, and SDXL's rate, learn
       less than half as much in 300 steps (benchmarks/flux-training.md).
-    - Stage 3 has half of the weight outside the face, and its rollouts on the base no guidance.
+    - Stage 3 has smaller weights of the ID loss and outside the face: its stage 2 already shows
+      nearly all of a person. Rollouts on the base have no guidance.
     """
     init_from = recipe.init_from and recipe.init_from.replace("mini", "mini_flux")
     return replace(
@@ -136,7 +140,8 @@ def on_mini_flux(recipe: Recipe) -> Recipe:
         logit_mean=recipe.timestep_bias,
         timestep_bias=0.0,
         lr=1e-3,
-        outside_weight=recipe.outside_weight / 2,
+        id_weight=1.0,
+        outside_weight=recipe.outside_weight / 4,
         base_guidance_scale=1.0,
         text_tokens=32,
     )
