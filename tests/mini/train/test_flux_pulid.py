@@ -66,12 +66,13 @@ def test_recipes_are_those_of_the_miniature_at_every_block() -> None:
         assert flux.is_miniature and flux.is_flow and flux.encoder == "IDFormer"
         assert (flux.batch, flux.lr, flux.steps) == (sdxl.batch, 1e-3, sdxl.steps)
         assert flux.id_loss == sdxl.id_loss
-        assert flux.semantic_weight == sdxl.semantic_weight
-        assert flux.id_weight == 1 and flux.outside_weight == sdxl.outside_weight / 4
-        assert flux.outside_margin == sdxl.outside_margin
-        assert flux.layout_weight == sdxl.layout_weight
+        assert flux.outside_weight == sdxl.outside_weight
         assert flux.init_from == (sdxl.init_from and sdxl.init_from.replace("mini", "mini_flux"))
     assert find_recipe("mini_flux_stage1").logit_mean == 1
+    # next to the ID loss, the alignment of stage 3 has a third of SDXL's weight
+    flux, sdxl = find_recipe("mini_flux_stage3"), find_recipe("mini_stage3")
+    alignment = flux.semantic_weight / flux.id_weight, sdxl.semantic_weight / sdxl.id_weight
+    assert alignment == pytest.approx((0.1, 0.3))
 
 
 @pytest.mark.parametrize(

@@ -45,9 +45,7 @@ def sweep_recipes() -> dict[str, Recipe]:
     paper's losses alone.
     """
     stage2 = find_recipe("mini_stage2")
-    stage3 = replace(
-        find_recipe("mini_stage3"), id_weight=1.0, outside_weight=0.0, base_guidance_scale=1.0
-    )
+    stage3 = replace(find_recipe("mini_stage3"), outside_weight=0.0, base_guidance_scale=1.0)
     recipes = {f"k={steps}": replace(stage2, grad_steps=steps) for steps in GRAD_STEPS}
     for semantic, layout in ALIGNMENT:
         name = f"sem {semantic:g}, layout {layout:g}"

@@ -190,8 +190,8 @@ FLUX_STAGES: list[Stage] = [
         for name, minutes in (
             ("flux-stage1", 60),
             ("flux-naive", 25),
-            ("flux-stage2", 120),
-            ("flux-stage3", 150),
+            ("flux-stage2", 90),
+            ("flux-stage3", 25),
         )
     ),
 ]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, max_pool2d
+from torch.nn.functional import cosine_similarity
 
 from openpulid.diffusion.flow_schedule import FlowSchedule
 from openpulid.diffusion.noise_schedule import NoiseSchedule
@@ -134,15 +134,7 @@ class OutsideLoss(nn.Module):
     Not in the paper, whose alignment compares attention alone: a texture that an identity adds to
     the whole image, such as a faint grid, hardly changes it. `bench.metrics.OutsideFace` measures
     the same, so it is no independent judge of an adapter that was trained with this loss.
-
-    Args:
-        margin: width of a band around the faces that is left out too, as a fraction of the image's
-            side. Another face also changes ears, hair and chin line next to it.
     """
-
-    def __init__(self, margin: float = 0.0) -> None:
-        super().__init__()
-        self.margin = margin
 
     def forward(self, images: Tensor, target: Tensor, faces: Tensor) -> Tensor:
         """Compute the mean over the batch, a scalar; the target carries no gradient.
@@ -153,8 +145,7 @@ class OutsideLoss(nn.Module):
             faces: (B, 1, H, W), one on the pixels of either face.
         """
         difference = (images.float() - target.detach().float()).abs().mean(1, keepdim=True)
-        pixels = round(self.margin * faces.shape[-1])
-        outside = 1 - max_pool2d(faces.float(), 2 * pixels + 1, stride=1, padding=pixels)
+        outside = 1 - faces.float()
         covered = outside.sum((1, 2, 3)).clamp(min=1)
         return ((difference * outside).sum((1, 2, 3)) / covered).mean()
 

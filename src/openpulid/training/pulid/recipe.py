@@ -36,7 +36,6 @@ LIMITS = {
     "semantic_weight": Limit(),
     "layout_weight": Limit(),
     "outside_weight": Limit(),
-    "outside_margin": FRACTION,
     "few_step_batch": INDEX,
     "rollout_steps": COUNT,
     "grad_steps": COUNT,
@@ -103,7 +102,6 @@ class Recipe:
     semantic_weight: float = 0.0  # of L_sem, lambda_align-sem
     layout_weight: float = 0.0  # of L_layout, lambda_align-layout
     outside_weight: float = 0.0  # miniature: of `OutsideLoss`, which the paper does not have
-    outside_margin: float = 0.0  # of that loss
     id_prompt: str | None = ID_PROMPT  # None: the caption of each image
     align_prompts: tuple[str, ...] = ALIGN_PROMPTS  # empty: the caption of each image
     few_step_batch: int = 0  # images of the ID loss and of the alignment, over all processes

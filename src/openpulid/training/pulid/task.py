@@ -144,7 +144,7 @@ class PuLIDTask:
         self.id_loss = IDLoss()
         self.semantic_loss = SemanticAlignment()
         self.layout_loss = LayoutAlignment()
-        self.outside_loss = OutsideLoss(recipe.outside_margin)
+        self.outside_loss = OutsideLoss()
         for pipe in {id(m.pipe): m.pipe for m in (base, *self.few_step_models)}.values():
             adapter.attach(pipe)
 
