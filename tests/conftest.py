@@ -35,8 +35,8 @@ def pytest_configure() -> None:
 def frozen_objects() -> None:
     """Let the garbage collector ignore what is imported, and what is left of other modules.
 
-    Every command ends with a full collection, and searching a million objects each time was a fifth
-    of the suite's time.
+    Every command ends with a full collection, which searched a million objects: a quarter of the
+    time of the tests of the page and of `pulid generate`.
     """
     gc.collect()
     gc.freeze()
